@@ -1,0 +1,28 @@
+"""The only code that knows the inside of other libraries' models.
+
+For transformers: which models can train on pruned visual tokens (`check_model`), encoding images once
+(`encode_images`), and giving a model fewer visual tokens than it expects (`assemble`) through its public
+``mm_encoder_outputs`` argument.
+"""
+
+from trimtab.anatomy.assemble import RowLayout, assemble, full_inputs, read_rows
+from trimtab.anatomy.encode import EncodedImages, encode_images, has_images, question_embeddings, supplied_needs
+from trimtab.anatomy.families import FAMILIES, Family, Host, SupportReport, check_model, open_host
+
+__all__ = [
+    "FAMILIES",
+    "EncodedImages",
+    "Family",
+    "Host",
+    "RowLayout",
+    "SupportReport",
+    "assemble",
+    "check_model",
+    "encode_images",
+    "full_inputs",
+    "has_images",
+    "open_host",
+    "question_embeddings",
+    "read_rows",
+    "supplied_needs",
+]

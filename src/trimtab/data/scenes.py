@@ -1,0 +1,300 @@
+"""Scenes: coloured handwritten digits on a canvas, with questions that need to see.
+
+The pen strokes are the 1,797 real digits of `sklearn.datasets.load_digits` (8x8 pixels, scaled up); everything else
+is drawn with a seed. A scene holds a few large coloured digits, each in a quadrant of its own, over a soft grey ground
+with grey pieces of strokes that no question asks about. Row `index` of a split is a pure function of the settings, the
+seed, the split and the index; the two splits share no pen stroke.
+
+========= ================================================ ==========================
+family    question                                         answer (chance)
+========= ================================================ ==========================
+digit     Which digit is red?                              zero .. nine (1/10)
+colour    What colour is the seven?                        one of the colours (1/6)
+where     Where is the red digit?                          upper-left .. (1/4)
+compare   Which is larger, the red or the blue digit?      one of the two (1/2)
+========= ================================================ ==========================
+
+``compare`` also asks which is further left and which is higher. Given the words of a question every possible answer is
+equally likely, so a model that does not look stays at chance. Within one conversation earlier turns may rule out an
+answer (two digits never share a colour), so a test of sight asks every question on its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from trimtab.errors import near_miss, setting_error
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+COLOURS: dict[str, tuple[int, int, int]] = {  # of similar mean, so that a stroke has one contrast in any colour
+    "red": (225, 50, 50),
+    "green": (40, 170, 70),
+    "blue": (50, 80, 225),
+    "orange": (235, 120, 0),
+    "purple": (150, 50, 180),
+    "cyan": (0, 160, 190),
+}
+QUADRANTS = ("upper-left", "upper-right", "lower-left", "lower-right")
+FAMILIES = ("digit", "colour", "where", "compare")
+SPLITS = ("train", "test")
+TEST_SHARE = 0.25
+"""Share of the pen strokes of every digit that only the test split uses."""
+
+Row = dict[str, Any]
+Objects = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneSettings:
+    """What a scene looks like.
+
+    Attributes:
+        canvas: Width and height of the image in pixels, at least 32.
+        digits: Fewest and most coloured digits of a scene, within 2..4.
+        small: Height of a small digit, smallest and largest, as shares of the canvas.
+        large: The same for a large digit; at most 0.45, so that it fits into its quadrant.
+        distractors: Grey pieces of strokes per scene, at least 0.
+    """
+
+    canvas: int = 128
+    digits: tuple[int, int] = (3, 4)
+    small: tuple[float, float] = (0.24, 0.29)
+    large: tuple[float, float] = (0.36, 0.44)
+    distractors: int = 4
+
+    def __post_init__(self) -> None:
+        """Check every field; see the class for the ranges."""
+        fewest, most = self.digits
+        if self.canvas < 32:
+            raise setting_error("SceneSettings", "canvas", "at least 32 pixels", self.canvas)
+        if not 2 <= fewest <= most <= 4:
+            raise setting_error("SceneSettings", "digits", "(fewest, most) with 2 <= fewest <= most <= 4", self.digits)
+        if not 0 < self.small[0] <= self.small[1] < self.large[0] <= self.large[1] <= 0.45:
+            raise setting_error(
+                "SceneSettings", "small and large", "rising shares in (0, 0.45]", (self.small, self.large)
+            )
+        if self.distractors < 0:
+            raise setting_error("SceneSettings", "distractors", "at least 0", self.distractors)
+
+
+class Scenes(Sequence[Row]):
+    """The scenes of one split, drawn when they are read; see `make_scenes`."""
+
+    def __init__(self, split: str, count: int, seed: int, questions: int, settings: SceneSettings) -> None:
+        self.split, self.count, self.seed, self.questions, self.settings = split, count, seed, questions, settings
+
+    def __len__(self) -> int:
+        return self.count
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(self.count))]
+        if not -self.count <= index < self.count:
+            raise IndexError(f"Scene {index} of {self.count}.")
+        rng, texts, objects = self._draw(index % self.count)
+        return {"image": _paint(rng, objects, self.split, self.settings), **texts, "objects": objects}
+
+    def texts(self) -> Iterator[Row]:
+        """Yield the questions, answers and families of every row without painting its image."""
+        return (self._draw(index)[1] for index in range(self.count))
+
+    def _draw(self, index: int) -> tuple[np.random.Generator, Row, Objects]:
+        rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
+        objects = _draw_objects(rng, self.split, self.settings)
+        return rng, _ask(rng, objects, self.questions), objects
+
+
+def make_scenes(
+    split: str, count: int, seed: int = 0, questions: int = 4, settings: SceneSettings | None = None
+) -> Scenes:
+    """Make the scenes of one split.
+
+    Args:
+        split: ``"train"`` or ``"test"``; they share no pen stroke.
+        count: Number of scenes, at least 1.
+        seed: Seed of everything that is drawn, at least 0.
+        questions: Questions per scene, 1..4, each of another family.
+        settings: What a scene looks like; None for the defaults.
+
+    Returns:
+        A sequence of rows: ``image`` (RGB, `canvas` pixels square), ``questions``, ``answers`` (one word each) and
+        ``families`` of equal length, and ``objects``: per coloured digit ``digit``, ``colour``, ``size`` (``"small"``
+        or ``"large"``), ``quadrant``, ``stroke`` (number of the pen stroke in `load_digits`) and ``box`` (left, top,
+        right, bottom of its ink in pixels).
+
+    Raises:
+        SettingError: A value outside its range.
+    """
+    if split not in SPLITS:
+        raise setting_error("make_scenes", "split", "'train' or 'test'", split, near_miss(str(split), SPLITS))
+    if count < 1:
+        raise setting_error("make_scenes", "count", "at least 1", count)
+    if seed < 0:
+        raise setting_error("make_scenes", "seed", "at least 0", seed)
+    if not 1 <= questions <= len(FAMILIES):
+        raise setting_error("make_scenes", "questions", f"in 1..{len(FAMILIES)}", questions)
+    return Scenes(split, count, seed, questions, settings or SceneSettings())
+
+
+def conversation(row: Mapping[str, Any], turns: Sequence[int] | None = None) -> Row:
+    """Turn a row of questions about one image into a conversation that asks them one after another.
+
+    Args:
+        row: A row with ``image``, ``questions`` and ``answers``.
+        turns: Which questions, in this order; None for all.
+
+    Returns:
+        ``messages``, with the image in the first user turn and one answer per assistant turn, and ``images``.
+    """
+    order = range(len(row["questions"])) if turns is None else turns
+    messages: list[dict[str, Any]] = []
+    for place in order:
+        asked: list[dict[str, str]] = [{"type": "text", "text": row["questions"][place]}]
+        if not messages:
+            asked.insert(0, {"type": "image"})
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": row["answers"][place]}]})
+    return {"messages": messages, "images": [row["image"]]}
+
+
+def vocabulary() -> list[str]:
+    """Return every word and mark that a question or an answer of a scene can hold, in lower case and sorted."""
+    words = " ".join((*_TEMPLATES.values(), *(template for template, _ in _COMPARISONS.values())))
+    plain = words.format(colour="", digit="", first="", second="").lower().replace("?", " ? ").replace(",", " , ")
+    return sorted({*plain.split(), *DIGITS, *COLOURS, *QUADRANTS})
+
+
+_TEMPLATES = {
+    "digit": "Which digit is {colour}?",
+    "colour": "What colour is the {digit}?",
+    "where": "Where is the {colour} digit?",
+}
+_COMPARISONS = {  # what the question says, and of what the answer has less
+    "larger": ("Which is larger, the {first} or the {second} digit?", lambda o: o["size"] == "small"),
+    "left": ("Which is further left, the {first} or the {second} digit?", lambda o: o["quadrant"].endswith("right")),
+    "higher": ("Which is higher, the {first} or the {second} digit?", lambda o: o["quadrant"].startswith("lower")),
+}
+# Pushes the greys of a scaled stroke towards ink or paper: blown-up 8x8 pixels would have no edge.
+_SHARPEN = [min(255, max(0, round((grey - 70) * 2.2))) for grey in range(256)]
+
+
+@functools.cache
+def _strokes(split: str) -> tuple[NDArray[np.float32], list[NDArray[np.int64]]]:
+    """All pen strokes [1797, 8, 8] in 0..1, and for every digit the numbers of those that the split may use."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    shuffled = np.random.default_rng(20_160).permutation(len(found.target))
+    numbers = []
+    for digit in range(10):
+        own = shuffled[found.target[shuffled] == digit]
+        cut = round(len(own) * TEST_SHARE)
+        numbers.append(own[:cut] if split == "test" else own[cut:])
+    return (found.images / 16.0).astype(np.float32), numbers
+
+
+def _draw_objects(rng: np.random.Generator, split: str, settings: SceneSettings) -> Objects:
+    count = int(rng.integers(settings.digits[0], settings.digits[1] + 1))
+    digits = rng.choice(10, count, replace=False)
+    colours = rng.choice(list(COLOURS), count, replace=False)
+    quadrants = rng.choice(4, count, replace=False)
+    # At least one small and one large digit, so that there is always a pair to compare.
+    sizes = rng.permutation(["small", "large", *rng.choice(["small", "large"], count - 2)])
+    return [
+        {
+            "digit": DIGITS[digits[i]],
+            "colour": str(colours[i]),
+            "size": str(sizes[i]),
+            "quadrant": QUADRANTS[quadrants[i]],
+            "stroke": int(rng.choice(_strokes(split)[1][digits[i]])),
+        }
+        for i in range(count)
+    ]
+
+
+def _ink(stroke: int, split: str, height: int) -> Image.Image:
+    """One pen stroke without its empty margin, scaled to a height in pixels, as a grey mask."""
+    pixels = _strokes(split)[0][stroke]
+    columns = np.flatnonzero(pixels.max(axis=0) > 0.1)
+    pixels = pixels[:, columns[0] : columns[-1] + 1]
+    width = max(1, round(height * pixels.shape[1] / 8))
+    mask = Image.fromarray((pixels * 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    return mask.point(_SHARPEN)
+
+
+def _ground(rng: np.random.Generator, canvas: int) -> Image.Image:
+    """A soft, light grey ground with a little grain."""
+    corners = rng.uniform(205, 245, (2, 2)).astype(np.float32)
+    soft = np.asarray(Image.fromarray(corners).resize((canvas, canvas), Image.Resampling.BILINEAR))
+    grain = rng.normal(0, 3, (canvas, canvas, 1))
+    return Image.fromarray(np.clip(soft[:, :, None] + grain, 0, 255).repeat(3, axis=2).astype(np.uint8))
+
+
+def _paint(rng: np.random.Generator, objects: Objects, split: str, settings: SceneSettings) -> Image.Image:
+    """Paint the scene and enter the ``box`` of every object."""
+    canvas, half = settings.canvas, settings.canvas // 2
+    image = _ground(rng, canvas)
+    numbers = np.concatenate(_strokes(split)[1])
+    for _ in range(settings.distractors):
+        piece = _ink(int(rng.choice(numbers)), split, round(canvas * rng.uniform(0.12, 0.2)))
+        piece = piece.crop((0, 0, piece.width, piece.height // 2))
+        place = (int(rng.integers(0, canvas - piece.width)), int(rng.integers(0, canvas - piece.height)))
+        shade = int(rng.integers(120, 180))
+        image.paste((shade, shade, shade), place, piece)
+    for entry in objects:
+        share = rng.uniform(*(settings.small if entry["size"] == "small" else settings.large))
+        mask = _ink(entry["stroke"], split, round(canvas * share))
+        quadrant = QUADRANTS.index(entry["quadrant"])
+        left = half * (quadrant % 2) + int(rng.integers(0, half - mask.width + 1))
+        top = half * (quadrant // 2) + int(rng.integers(0, half - mask.height + 1))
+        # A colour is never twice the same, but always nearer to its own name than to another.
+        tint = tuple(int(np.clip(value + rng.integers(-15, 16), 0, 255)) for value in COLOURS[entry["colour"]])
+        image.paste(tint, (left, top), mask)
+        entry["box"] = (left, top, left + mask.width, top + mask.height)
+    return image
+
+
+def _comparison(rng: np.random.Generator, objects: Objects, placed: int | None) -> tuple[str, str]:
+    """A question about two objects; `placed` is the one whose quadrant another question asks for."""
+    choices = []
+    for name, (_, lacks) in _COMPARISONS.items():
+        # Its quadrant would tell the answer to a question about its side.
+        usable = [o for i, o in enumerate(objects) if name == "larger" or i != placed]
+        choices += [(name, a, b) for a in usable for b in usable if not lacks(a) and lacks(b)]
+    kinds = sorted({name for name, _, _ in choices})
+    kind = kinds[int(rng.integers(len(kinds)))]
+    fitting = [(a, b) for name, a, b in choices if name == kind]
+    more, less = fitting[int(rng.integers(len(fitting)))]
+    first, second = (more, less) if rng.integers(2) else (less, more)
+    return _COMPARISONS[kind][0].format(first=first["colour"], second=second["colour"]), more["colour"]
+
+
+def _ask(rng: np.random.Generator, objects: Objects, questions: int) -> Row:
+    families = [FAMILIES[i] for i in rng.permutation(len(FAMILIES))[:questions]]
+    # Two different objects: "which digit is red" and "what colour is the seven" must not answer one another.
+    named, coloured = rng.choice(len(objects), 2, replace=False)
+    placed = int(rng.integers(len(objects)))
+    targets = {"digit": (int(named), "digit"), "colour": (int(coloured), "colour"), "where": (placed, "quadrant")}
+    asked, answers = [], []
+    for family in families:
+        if family == "compare":
+            question, answer = _comparison(rng, objects, placed if "where" in families else None)
+        else:
+            place, key = targets[family]
+            question, answer = _TEMPLATES[family].format(**objects[place]), objects[place][key]
+        asked.append(question)
+        answers.append(answer)
+    return {"questions": asked, "answers": answers, "families": families}

@@ -1,0 +1,118 @@
+"""Settings of DualSpeed, checked when they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from trimtab.errors import SettingError, near_miss, setting_error
+from trimtab.pruners.budget import RULES
+
+SCHEDULES = ("stratified", "bernoulli", "annealed")
+STEP_UNITS = ("optimizer", "micro")
+POSITIONS = ("auto", "renumber", "original")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualSpeedConfig:
+    """Settings of DualSpeed; the defaults are the paper's (arXiv 2602.03815) unless a line says otherwise.
+
+    Attributes:
+        pruner: Name of the pruner of the fast mode, see ``trimtab.pruner_names()``.
+        pruner_options: Keyword arguments of that pruner, for example ``{"centered": True}``.
+        keep_ratio: Share of each image's visual tokens that the fast mode keeps, in (0, 1]. The papers'
+            "pruning ratio" is one minus this.
+        keep_rule: How the share becomes a count: ``"floor"``, ``"round"``, ``"ceil"``, or ``"released"`` for the
+            arithmetic of the released code.
+        slow_ratio: Share of slow steps, in [0, 1].
+        isolator_tokens: Rows of the mode isolator in front of every pruned image; 0 for none.
+        isolator_from: Directory or file with the isolator of an earlier stage, or None for a fresh one.
+        kl_weight: Weight of the KL term of slow steps (alpha), at least 0; 0 skips the teacher.
+        temperature: Temperature T of the KL term, above 0; the term is multiplied by its square.
+        schedule: ``"stratified"`` (one slow step in every block of 1/slow_ratio; same mean as the paper's draw,
+            less variance, our default), ``"bernoulli"`` (independent draws, as the paper) or ``"annealed"``
+            (few slow steps early, many late, same total; needs `total_steps`).
+        schedule_unit: ``"optimizer"`` gives all micro-batches of an update one mode (our default), ``"micro"``
+            draws per forward call, as the released code.
+        total_steps: Number of steps, in `schedule_unit`, that ``"annealed"`` spreads over; the Trainer fills it in.
+        positions: ``"renumber"`` closes the gaps that dropped tokens leave (the paper), ``"original"`` keeps every
+            token's position of the full sequence, ``"auto"`` renumbers models with one position per token and
+            keeps the coordinates of models with multimodal rotary positions.
+        seed: Seed of the schedule, of the isolator's first values and of random pruners.
+        head_chunk: Supervised places that pass through the language-model head at once, at least 1; bounds memory.
+        check_features: Look for NaN and infinity in visual features at every step (waits for the device).
+    """
+
+    pruner: str = "divprune"
+    pruner_options: Mapping[str, Any] = field(default_factory=dict)
+    keep_ratio: float = 0.1
+    keep_rule: str = "floor"
+    slow_ratio: float = 0.1
+    isolator_tokens: int = 4
+    isolator_from: str | None = None
+    kl_weight: float = 1.0
+    temperature: float = 1.0
+    schedule: str = "stratified"
+    schedule_unit: str = "optimizer"
+    total_steps: int | None = None
+    positions: str = "auto"
+    seed: int = 0
+    head_chunk: int = 1024
+    check_features: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every field; see the class for the ranges."""
+        number = (int, float)
+        self._require("keep_ratio", number, lambda v: 0 < v <= 1, "a number in (0, 1]")
+        self._require("slow_ratio", number, lambda v: 0 <= v <= 1, "a number in [0, 1]")
+        self._require("isolator_tokens", int, lambda v: v >= 0, "a whole number, at least 0")
+        self._require("kl_weight", number, lambda v: 0 <= v < float("inf"), "a finite number, at least 0")
+        self._require("temperature", number, lambda v: 0 < v < float("inf"), "a finite number above 0")
+        self._require("seed", int, lambda v: 0 <= v < 2**63, "a whole number in 0..2^63-1")
+        self._require("head_chunk", int, lambda v: v >= 1, "a whole number, at least 1")
+        self._require("keep_rule", str, lambda v: v in RULES, f"one of {', '.join(RULES)}")
+        self._require("schedule", str, lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+        self._require("schedule_unit", str, lambda v: v in STEP_UNITS, f"one of {', '.join(STEP_UNITS)}")
+        self._require("positions", str, lambda v: v in POSITIONS, f"one of {', '.join(POSITIONS)}")
+        self._require("pruner", str, bool, "the name of a pruner")
+        self._require("pruner_options", Mapping, lambda v: all(isinstance(k, str) for k in v), "a mapping by name")
+        self._require("check_features", bool, lambda v: True, "true or false")
+        if self.total_steps is not None:
+            self._require("total_steps", int, lambda v: v >= 1, "a whole number, at least 1, or None")
+        if self.isolator_from is not None:
+            self._require("isolator_from", str, bool, "a path, or None")
+        if self.schedule == "annealed" and self.slow_ratio > 0.5:
+            raise setting_error(
+                "DualSpeedConfig", "slow_ratio", "at most 0.5 with schedule='annealed' (the share climbs to twice "
+                "the mean)", self.slow_ratio,
+            )
+
+    def _require(self, name: str, kind: Any, allowed: Any, words: str) -> None:
+        value = getattr(self, name)
+        wrong_bool = isinstance(value, bool) and kind is not bool
+        if wrong_bool or not isinstance(value, kind) or not allowed(value):
+            raise setting_error("DualSpeedConfig", name, words, value)
+
+    @property
+    def prunes_nothing(self) -> bool:
+        """Whether these settings leave every training step as the model has it without trimtab."""
+        keeps_all = self.pruner == "keep_all" or self.keep_ratio == 1
+        return keeps_all and self.isolator_tokens == 0 and self.slow_ratio == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as a plain dict that JSON and YAML can hold."""
+        return {**asdict(self), "pruner_options": dict(self.pruner_options)}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> DualSpeedConfig:
+        """Build the settings from a mapping, for example the ``dualspeed:`` block of a run file.
+
+        Raises:
+            SettingError: An unknown key (the nearest is named) or a value outside its range.
+        """
+        known = [f.name for f in fields(cls)]
+        for key in settings:
+            if key not in known:
+                raise SettingError(f"Unknown setting {key!r} of DualSpeedConfig. {near_miss(str(key), known)}")
+        return cls(**settings)

@@ -1,0 +1,103 @@
+"""Ask a trained model the questions of a run's `eval_files`, on full visual tokens and, if asked, on pruned ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timezone
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from trimtab.dualspeed.config import DualSpeedConfig
+from trimtab.errors import SettingError
+from trimtab.evaluate import exact_match
+from trimtab.records import make_record, read_record, write_record
+from trimtab.run.config import RunConfig
+from trimtab.run.load import load_rows_of, load_trained
+from trimtab.run.train import RECORD_FILE as TRAIN_RECORD
+
+RECORD_FILE = "records/eval.json"
+ARM_FILE = "records/arm.json"
+"""Training and evaluation of one run together, as `trimtab report` shows them."""
+
+SIDE_FILES = "dualspeed"
+"""Folder in a run's output with the isolator and what else is not part of the model."""
+
+
+def evaluate(
+    config: RunConfig,
+    checkpoint: str | Path | None = None,
+    *,
+    pruned: bool = False,
+    limit: int | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate by generation and exact match.
+
+    Args:
+        config: The settings; `eval_files` must be there.
+        checkpoint: Directory of the model; `output_dir` by default.
+        pruned: Ask a second time on the tokens that the fast mode sees.
+        limit: Ask the questions of the first rows only.
+        batch_size: Questions per batch.
+        max_new_tokens: Tokens per answer at most.
+        progress: Called with questions done and in all; starts again for the second pass.
+
+    Returns:
+        The record, kind "eval", also written below the directory: ``full`` and, if asked, ``pruned``, each as
+        `trimtab.exact_match` returns it. Where the directory holds the record of a training, a record of kind "arm"
+        joins both.
+
+    Raises:
+        SettingError: There are no `eval_files`, or no model in the directory.
+        DataError: The rows cannot be read.
+    """
+    if not config.eval_files:
+        raise SettingError("eval needs eval_files, but the run file has none. Add `eval_files: test.jsonl`.")
+    directory = Path(checkpoint or config.output_dir)
+    rows = list(islice(load_rows_of(config.eval_files, config), limit))
+    model, processor = load_trained(directory, config)
+    started = datetime.now(timezone.utc)
+    ask = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "progress": progress}
+    results = {"full": exact_match(model, processor, rows, **ask)}
+    if pruned:
+        with _attached(model, config, directory) as handle:
+            results["pruned"] = exact_match(model, processor, rows, prepare=handle.prune_inputs, **ask)
+    settings = {**config.identity(), "checkpoint": directory, "limit": limit, "max_new_tokens": max_new_tokens}
+    seconds = sum(result["seconds"] for result in results.values())
+    record = make_record("eval", settings, results, started=started, seconds=seconds)
+    write_record(directory / RECORD_FILE, record)
+    _write_arm(directory, config, results)
+    return record
+
+
+@contextmanager
+def _attached(model: Any, config: RunConfig, directory: Path) -> Any:
+    """Attach DualSpeed with the isolator that was trained with the model, where there is one."""
+    from trimtab.dualspeed import attach
+
+    settings = config.dualspeed or DualSpeedConfig(isolator_tokens=0)
+    side = directory / SIDE_FILES
+    handle = attach(model, replace(settings, isolator_from=str(side)) if side.is_dir() else settings)
+    try:
+        yield handle
+    finally:
+        handle.detach()
+
+
+def _write_arm(directory: Path, config: RunConfig, results: dict[str, Any]) -> None:
+    if not (directory / TRAIN_RECORD).is_file():
+        return
+    trained = read_record(directory / TRAIN_RECORD)
+    told = {name: trained["results"][name] for name in ("arm", "seconds_train", "samples", "steps", "log")}
+    told["log"] = [entry for entry in told["log"] if "step" in entry]
+    told["dataset"] = ", ".join(Path(file).stem for file in config.eval_files)
+    told["accuracy_full"] = results["full"]
+    if "pruned" in results:
+        told["accuracy_pruned"] = results["pruned"]
+    arm = make_record("arm", trained["settings"], told, seed=trained["seed"], seconds=trained["seconds"])
+    write_record(directory / ARM_FILE, arm)

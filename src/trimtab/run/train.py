@@ -1,0 +1,171 @@
+"""Train a model as a run file says, and leave an ordinary checkpoint, a record and the resolved settings behind."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import OutputError, TrimtabError
+from trimtab.files import OutputDirectory, prepare_output
+from trimtab.records import make_record, read_record, write_record
+from trimtab.run.config import RunConfig, training_arguments, write_resolved
+from trimtab.run.load import load_model, load_processor, load_rows_of, skipped_rows
+
+RECORD_FILE = "records/train.json"
+"""Where the record goes, below the output directory."""
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Train, save, and record.
+
+    Everything that can be checked without the model is checked before it is loaded.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The record, kind "train": ``arm`` ("dualspeed" or "full"), ``seconds_train``, ``steps``, ``samples``,
+        ``rows``, ``rows_skipped``, ``loss``, ``log`` and, with DualSpeed, ``metrics``. In a resumed run the seconds
+        are those of the last part. A run that had finished already is not repeated; its record is returned.
+
+    Raises:
+        SettingError: A setting does not fit.
+        DataError: The data cannot be read.
+        UnsupportedModelError: The model cannot train on pruned visual tokens.
+        OutputError: The output directory holds another run, or the disk is full.
+    """
+    arguments = training_arguments(config)
+    rows = load_rows_of(config.data_files, config)
+    eval_rows = load_rows_of(config.eval_files, config) if _evaluates(arguments) else None
+    output = _prepare(config, arguments)
+    if output.finished:
+        return read_record(output.path / RECORD_FILE)
+    model, processor = load_model(config), load_processor(config.model_name_or_path)
+    trainer = build_trainer(config, arguments, model, processor, rows, eval_rows)
+    started, began = datetime.now(timezone.utc), time.perf_counter()
+    with _disk_errors(output.path):
+        trainer.train(resume_from_checkpoint=_last_checkpoint(output))
+        seconds = time.perf_counter() - began
+        trainer.save_model(str(output.path))
+        record = _record(config, trainer, rows, started, seconds)
+        if trainer.is_world_process_zero():
+            processor.save_pretrained(str(output.path))
+            write_record(output.path / RECORD_FILE, record)
+            output.finish()
+    return record
+
+
+def build_trainer(
+    config: RunConfig, arguments: Any, model: Any, processor: Any, rows: Any, eval_rows: Any = None
+) -> Any:
+    """Build the trainer that a run file asks for.
+
+    Args:
+        config: The settings.
+        arguments: What `trimtab.run.config.training_arguments` made of them.
+        model: The model.
+        processor: Its processor.
+        rows: Rows to train on.
+        eval_rows: Rows whose loss is followed, or None.
+
+    Returns:
+        A Trainer or SFTTrainer, with DualSpeed where the settings have its block.
+    """
+    from trimtab.data import SupervisedCollator
+
+    extra: dict[str, Any] = {}
+    if config.trainer == "sft":
+        from trl import SFTTrainer as base  # noqa: N813  (either class under one name)
+    else:
+        from transformers import Trainer as base  # noqa: N813
+    if config.dualspeed is not None:
+        from trimtab.dualspeed import with_dualspeed
+
+        base, extra = with_dualspeed(base), {"dualspeed": config.dualspeed}
+    return base(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        data_collator=SupervisedCollator(processor, max_length=config.max_length),
+        processing_class=processor,
+        **extra,
+    )
+
+
+def _prepare(config: RunConfig, arguments: Any) -> OutputDirectory:
+    """Let the first process make the output directory ready; the others wait and take it as it is."""
+    with arguments.main_process_first(desc="output directory"):
+        if arguments.process_index:
+            return OutputDirectory(Path(config.output_dir), resumed=config.resume)
+        output = prepare_output(
+            config.output_dir, overwrite=config.overwrite, resume=config.resume, settings=config.identity()
+        )
+        write_resolved(config, output.path)
+    return output
+
+
+def _evaluates(arguments: Any) -> bool:
+    return str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) != "no"
+
+
+def _last_checkpoint(output: OutputDirectory) -> str | None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    return get_last_checkpoint(str(output.path)) if output.resumed else None
+
+
+def _record(config: RunConfig, trainer: Any, rows: Any, started: datetime, seconds: float) -> dict[str, Any]:
+    log = [dict(entry) for entry in trainer.state.log_history]
+    ends = [entry["train_loss"] for entry in log if "train_loss" in entry]
+    results: dict[str, Any] = {
+        "arm": "dualspeed" if config.dualspeed else "full",
+        "seconds_train": round(seconds, 3),
+        "steps": trainer.state.global_step,
+        "samples": trainer.state.global_step
+        * trainer.args.gradient_accumulation_steps
+        * _samples_per_pass(trainer.args),
+        "rows": len(rows),
+        "rows_skipped": skipped_rows(rows),
+        "loss": ends[-1] if ends else None,
+        "log": log,
+    }
+    if config.dualspeed is not None:
+        results["metrics"] = dict(trainer.dualspeed.metrics())
+    seed = config.training.get("seed", trainer.args.seed)
+    return make_record("train", config.identity(), _numbers(results), seed=seed, started=started, seconds=seconds)
+
+
+def _samples_per_pass(arguments: Any) -> int:
+    return int(arguments.train_batch_size * arguments.world_size)
+
+
+def _numbers(value: Any) -> Any:
+    """Replace tensors of one number by the number."""
+    if isinstance(value, Mapping):
+        return {name: _numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Say in our words that the disk is full, whichever library met it; what was saved before stays."""
+    try:
+        yield
+    except TrimtabError:
+        raise
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error):
+            raise OutputError(
+                f"The disk is full while writing to {path}: {error}. Earlier checkpoints there are whole. Free some "
+                "space and run the same command with --resume true."
+            ) from error
+        raise
