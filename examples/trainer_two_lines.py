@@ -30,6 +30,7 @@ def main(output_dir: str, steps: int = 20) -> None:
             learning_rate=2e-3,
             logging_steps=5,
             save_strategy="no",
+            use_cpu=True,
             remove_unused_columns=False,
         ),
         train_dataset=rows,

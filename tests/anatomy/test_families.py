@@ -16,7 +16,7 @@ import torch
 from tests.tiny import FAMILIES, IMAGE, WIDTH, Batch, TinyFamily, llama_settings
 from torch import Tensor, nn
 
-from trimtab.anatomy import assemble, check_model, encode_images, support
+from trimtab.anatomy import assemble, check_model, encode_images, open_host
 from trimtab.errors import TokenMismatchError, UnsupportedModelError
 
 ROWS = (1, 0, 2)
@@ -80,8 +80,8 @@ def run(model: Any, inputs: Batch) -> Tensor:
 def test_keeping_all_is_the_normal_forward(family: TinyFamily, side: str) -> None:
     model = family.build_model()
     batch = family.make_batch(model, ROWS, padding_side=side)
-    encoded = encode_images(model, batch)
-    inputs = assemble(model, batch, encoded, keep_every(encoded.blocks), prefix=None, positions="original")
+    encoded = encode_images(open_host(model), batch)
+    inputs = assemble(open_host(model), batch, encoded, keep_every(encoded.blocks), prefix=None, positions="original")
     expected = run(model, batch)
     real = batch["attention_mask"].bool()
     # Same tokens, features and positions in the same rectangle: only the bookkeeping differs, so nothing moves. With
@@ -97,10 +97,10 @@ def test_keeping_all_is_the_normal_forward(family: TinyFamily, side: str) -> Non
 def test_dropping_is_masking(family: TinyFamily, side: str, share: float) -> None:
     model = family.build_model()
     batch = family.make_batch(model, ROWS, padding_side=side)
-    encoded = encode_images(model, batch)
+    encoded = encode_images(open_host(model), batch)
     kept = keep_some(encoded.blocks, share)
     mask = survivors(batch, encoded.blocks, kept)
-    inputs = assemble(model, batch, encoded, kept, prefix=None, positions="original")
+    inputs = assemble(open_host(model), batch, encoded, kept, prefix=None, positions="original")
 
     real = inputs["attention_mask"].bool()
     assert torch.equal(real.sum(1), mask.sum(1)), "each row loses exactly its dropped tokens"
@@ -114,7 +114,7 @@ def test_dropping_is_masking(family: TinyFamily, side: str, share: float) -> Non
 def test_the_references_can_tell_tokens_apart(family: TinyFamily) -> None:
     model = family.build_model()
     batch = family.make_batch(model, ROWS)
-    encoded = encode_images(model, batch)
+    encoded = encode_images(open_host(model), batch)
     masks = [survivors(batch, encoded.blocks, keep_some(encoded.blocks, seed=seed)) for seed in (0, 1)]
     text = batch["labels"] != -100
     first, second = (masked_logits(family, model, batch, mask)[text] for mask in masks)
@@ -125,8 +125,8 @@ def test_the_references_can_tell_tokens_apart(family: TinyFamily) -> None:
 def test_padding_stays_on_its_side(family: TinyFamily, side: str) -> None:
     model = family.build_model()
     batch = family.make_batch(model, ROWS, padding_side=side)
-    encoded = encode_images(model, batch)
-    inputs = assemble(model, batch, encoded, keep_some(encoded.blocks), prefix=None, positions="original")
+    encoded = encode_images(open_host(model), batch)
+    inputs = assemble(open_host(model), batch, encoded, keep_some(encoded.blocks), prefix=None, positions="original")
     edges = inputs["attention_mask"][:, 0 if side == "right" else -1]
     assert edges.all()
     assert not inputs["attention_mask"].all(), "the rows of this batch differ in length"
@@ -137,8 +137,8 @@ def test_padding_stays_on_its_side(family: TinyFamily, side: str) -> None:
 def test_renumbered_positions_run_from_zero_without_gaps(family: TinyFamily, side: str) -> None:
     model = family.build_model()
     batch = family.make_batch(model, ROWS, padding_side=side)
-    encoded = encode_images(model, batch)
-    inputs = assemble(model, batch, encoded, keep_some(encoded.blocks), prefix=None, positions="renumber")
+    encoded = encode_images(open_host(model), batch)
+    inputs = assemble(open_host(model), batch, encoded, keep_some(encoded.blocks), prefix=None, positions="renumber")
     real = inputs["attention_mask"].bool()
     given = inputs.get("position_ids")
     if family.mrope:
@@ -160,10 +160,10 @@ def test_original_positions_are_those_of_the_full_sequence(family: TinyFamily) -
         pytest.skip("one coordinate: rotary positions count from anywhere, test_dropping_is_masking decides")
     model = family.build_model()
     batch = family.make_batch(model, ROWS)
-    encoded = encode_images(model, batch)
+    encoded = encode_images(open_host(model), batch)
     kept = keep_some(encoded.blocks)
     mask = survivors(batch, encoded.blocks, kept)
-    inputs = assemble(model, batch, encoded, kept, prefix=None, positions="original")
+    inputs = assemble(open_host(model), batch, encoded, kept, prefix=None, positions="original")
     real = inputs["attention_mask"].bool()
     expected = full_positions(family, model, batch)
     assert torch.equal(inputs["position_ids"][-3:, real], expected[:, mask])
@@ -173,11 +173,11 @@ def test_original_positions_are_those_of_the_full_sequence(family: TinyFamily) -
 def test_a_prefix_stands_in_front_of_every_image_and_learns(family: TinyFamily, positions: str) -> None:
     model = family.build_model()
     batch = family.make_batch(model, ROWS)
-    encoded = encode_images(model, batch)
+    encoded = encode_images(open_host(model), batch)
     kept = keep_some(encoded.blocks)
     prefix = nn.Parameter(torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1)))
-    plain = assemble(model, batch, encoded, kept, prefix=None, positions=positions)
-    inputs = assemble(model, batch, encoded, kept, prefix=prefix, positions=positions)
+    plain = assemble(open_host(model), batch, encoded, kept, prefix=None, positions=positions)
+    inputs = assemble(open_host(model), batch, encoded, kept, prefix=prefix, positions=positions)
 
     rows_with_prefix = (inputs["input_ids"] == IMAGE).sum(1) - (plain["input_ids"] == IMAGE).sum(1)
     assert rows_with_prefix[1] == 0, "a row without image gets no isolator"
@@ -198,9 +198,9 @@ def test_prefix_takes_the_first_visual_position(family: TinyFamily) -> None:
         pytest.skip("only multimodal rotary positions place the prefix by coordinates")
     model = family.build_model()
     batch = family.make_batch(model, (1,))
-    encoded = encode_images(model, batch)
+    encoded = encode_images(open_host(model), batch)
     prefix = torch.zeros(4, WIDTH)
-    inputs = assemble(model, batch, encoded, keep_some(encoded.blocks), prefix=prefix, positions="original")
+    inputs = assemble(open_host(model), batch, encoded, keep_some(encoded.blocks), prefix=prefix, positions="original")
     places = (inputs["input_ids"][0] == IMAGE).nonzero().squeeze(1)[:4]
     first = (batch["input_ids"][0] == IMAGE).nonzero()[0, 0]
     expected = full_positions(family, model, batch)[:, 0, first]
@@ -210,11 +210,11 @@ def test_prefix_takes_the_first_visual_position(family: TinyFamily) -> None:
 def test_dropped_rows_get_no_gradient_and_kept_rows_do(family: TinyFamily) -> None:
     model = family.build_model()
     batch = family.make_batch(model, ROWS)
-    encoded = encode_images(model, batch)
+    encoded = encode_images(open_host(model), batch)
     for block in encoded.blocks:
         block.retain_grad()
     kept = keep_some(encoded.blocks)
-    model(**assemble(model, batch, encoded, kept, prefix=None, positions="original")).loss.backward()
+    model(**assemble(open_host(model), batch, encoded, kept, prefix=None, positions="original")).loss.backward()
     for block, index in zip(encoded.blocks, kept, strict=True):
         if not len(block):
             continue
@@ -229,14 +229,14 @@ def test_dropped_rows_get_no_gradient_and_kept_rows_do(family: TinyFamily) -> No
 def test_a_row_alone_equals_the_row_in_a_batch(family: TinyFamily, side: str) -> None:
     model = family.build_model()
     batch = family.make_batch(model, ROWS, padding_side=side)
-    encoded = encode_images(model, batch)
-    together = assemble(model, batch, encoded, keep_every(encoded.blocks), prefix=None, positions="renumber")
+    encoded = encode_images(open_host(model), batch)
+    together = assemble(open_host(model), batch, encoded, keep_every(encoded.blocks), prefix=None, positions="renumber")
     logits = run(model, together)
     for row in range(len(ROWS)):
         alone = family.take_row(batch, ROWS, row)
         if ROWS[row]:
-            own = encode_images(model, alone)
-            alone = assemble(model, alone, own, keep_every(own.blocks), prefix=None, positions="renumber")
+            own = encode_images(open_host(model), alone)
+            alone = assemble(open_host(model), alone, own, keep_every(own.blocks), prefix=None, positions="renumber")
         real = together["attention_mask"][row].bool()
         torch.testing.assert_close(run(model, alone)[0], logits[row, real], atol=TIGHT, rtol=0)
 
@@ -245,8 +245,10 @@ def test_the_batch_is_left_as_it_came(family: TinyFamily) -> None:
     model = family.build_model()
     batch = family.make_batch(model, ROWS)
     before = {name: value.clone() for name, value in batch.items()}
-    encoded = encode_images(model, batch)
-    assemble(model, batch, encoded, keep_some(encoded.blocks), prefix=torch.zeros(2, WIDTH), positions="original")
+    encoded = encode_images(open_host(model), batch)
+    assemble(
+        open_host(model), batch, encoded, keep_some(encoded.blocks), prefix=torch.zeros(2, WIDTH), positions="original"
+    )
     assert batch.keys() == before.keys()
     for name, value in before.items():
         assert torch.equal(batch[name], value), name
@@ -258,7 +260,7 @@ def test_the_blocks_are_the_features_of_the_stock_model(family: TinyFamily) -> N
     visual = {n: v for n, v in batch.items() if n not in ("input_ids", "attention_mask", "labels", "mm_token_type_ids")}
     with torch.no_grad():
         features = model.get_image_features(**visual, return_dict=True).pooler_output
-    blocks = encode_images(model, batch).blocks
+    blocks = encode_images(open_host(model), batch).blocks
     assert torch.equal(torch.cat(list(blocks)), torch.cat(list(features)))
 
 
@@ -275,7 +277,7 @@ def test_a_text_only_model_is_refused_by_name() -> None:
     assert not report.supported
     assert "LlamaForCausalLM" in report.reason
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM(?s:.*)LlavaForConditionalGeneration"):
-        support(model)
+        open_host(model)
 
 
 @pytest.mark.parametrize("surplus", [-1, 1])
@@ -290,8 +292,8 @@ def test_placeholders_that_do_not_fit_are_counted_with_their_row(family: TinyFam
         batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE).int()
 
     def hand_over() -> None:
-        encoded = encode_images(model, batch)
-        assemble(model, batch, encoded, keep_every(encoded.blocks), prefix=None, positions="original")
+        encoded = encode_images(open_host(model), batch)
+        assemble(open_host(model), batch, encoded, keep_every(encoded.blocks), prefix=None, positions="original")
 
     with pytest.raises(TokenMismatchError) as raised:
         hand_over()
@@ -299,4 +301,44 @@ def test_placeholders_that_do_not_fit_are_counted_with_their_row(family: TinyFam
     of_row = {features, features + surplus}
     of_batch = {int(per_row.sum()), int(per_row.sum()) + surplus}
     assert of_row <= numbers or of_batch <= numbers, str(raised.value)
-    assert re.search(r"(row|sample)\D{0,10}1\b", str(raised.value)), str(raised.value)
+    assert re.search(r"(?i)(row|sample)\D{0,10}1\b", str(raised.value)), str(raised.value)
+
+
+@pytest.mark.parametrize("rows", [(1, 0), (0, 1), (0, 2, 0)])
+def test_rows_without_image_may_stand_anywhere(family: TinyFamily, rows: tuple[int, ...]) -> None:
+    model = family.build_model()
+    batch = family.make_batch(model, rows)
+    encoded = encode_images(open_host(model), batch)
+    kept = keep_some(encoded.blocks)
+    mask = survivors(batch, encoded.blocks, kept)
+    inputs = assemble(open_host(model), batch, encoded, kept, prefix=None, positions="original")
+    real = inputs["attention_mask"].bool()
+    expected = masked_logits(family, model, batch, mask)
+    torch.testing.assert_close(run(model, inputs)[real], expected[mask], atol=TIGHT, rtol=0)
+    prefixed = assemble(open_host(model), batch, encoded, kept, prefix=torch.ones(3, WIDTH), positions="original")
+    more = (prefixed["input_ids"] == IMAGE).sum(1) - (inputs["input_ids"] == IMAGE).sum(1)
+    assert [bool(count) for count in more] == [bool(images) for images in rows]
+
+
+@pytest.mark.parametrize("positions", ["renumber", "original"])
+def test_positions_that_the_user_gives_are_those_that_count(family: TinyFamily, positions: str) -> None:
+    model = family.build_model()
+    batch = family.make_batch(model, ROWS)
+    encoded = encode_images(open_host(model), batch)
+    kept, prefix = keep_some(encoded.blocks), torch.randn(3, WIDTH)
+    given = {**batch, "position_ids": full_positions(family, model, batch)}
+    with_them = assemble(open_host(model), given, encoded, kept, prefix=prefix, positions=positions)
+    without = assemble(open_host(model), batch, encoded, kept, prefix=prefix, positions=positions)
+    real = without["attention_mask"].bool()
+    torch.testing.assert_close(run(model, with_them)[real], run(model, without)[real], atol=TIGHT, rtol=0)
+
+
+def test_a_batch_without_attention_mask_is_one_without_padding(family: TinyFamily) -> None:
+    model = family.build_model()
+    batch = family.make_batch(model, (1,))
+    bare = {name: value for name, value in batch.items() if name != "attention_mask"}
+    encoded = encode_images(open_host(model), batch)
+    kept = keep_some(encoded.blocks)
+    expected = run(model, assemble(open_host(model), batch, encoded, kept, prefix=None, positions="original"))
+    found = run(model, assemble(open_host(model), bare, encoded, kept, prefix=None, positions="original"))
+    torch.testing.assert_close(found, expected, atol=TIGHT, rtol=0)

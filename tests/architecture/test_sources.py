@@ -74,5 +74,5 @@ def test_the_package_starts_no_process_group(path: Path) -> None:
 
 
 def test_no_file_is_larger_than_one_page_of_one_idea() -> None:
-    long = {short(path): n for path in PACKAGE_FILES if (n := len(path.read_text(encoding="utf-8").splitlines())) > 500}
+    long = {short(path): n for path in PACKAGE_FILES if (n := len(path.read_text(encoding="utf-8").splitlines())) > 600}
     assert long == {}

@@ -7,11 +7,11 @@ import inspect
 import re
 import subprocess
 import sys
-import tomllib
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import tomllib
 import typer
 import yaml
 from tests.documents.reading import DOCUMENTS, ROOT, blocks, commands, inline_commands, links, short

@@ -454,7 +454,7 @@ def test_12_images_are_encoded_once_and_the_teacher_runs_without_gradient_or_not
         tower.register_forward_hook(lambda *_: encoded.append(1)),
         text.register_forward_hook(lambda *_: decoded.append(torch.is_grad_enabled())),
     ]
-    with attached(model, **settings) as handle, handle.force_mode(mode):
+    with attached(model, **{"keep_ratio": 0.2, **settings}) as handle, handle.force_mode(mode):
         model(**batch)
     for hook in hooks:
         hook.remove()

@@ -150,7 +150,8 @@ def open_host(model: Any) -> Host:
     """Open a model for pruned visual tokens.
 
     Args:
-        model: A conditional-generation model of transformers, also inside a PEFT wrapper.
+        model: A conditional-generation model of transformers, also inside a PEFT wrapper; an opened one comes
+            back as it is.
 
     Returns:
         The opened model.
@@ -159,6 +160,8 @@ def open_host(model: Any) -> Host:
         HostLibraryError: transformers is older than 5.18.
         UnsupportedModelError: The model lacks what it takes; the message says what.
     """
+    if isinstance(model, Host):
+        return model
     if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
         raise HostLibraryError(
             f"trimtab needs transformers {OLDEST_TRANSFORMERS} or newer (the public mm_encoder_outputs argument), but "

@@ -53,10 +53,12 @@ def train(context: typer.Context, config: Path = CONFIG, as_json: bool = JSON) -
 
     with show.only_json(as_json):
         record = run(_load(context, config))
+    if not show.first_process():
+        return
     if as_json:
         show.print_json(record)
-    elif record:
-        show.print_settings("Trained", record["results"])
+    else:
+        show.print_settings("Trained", {name: value for name, value in record["results"].items() if name != "log"})
 
 
 def evaluate(

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
+
+
+def first_process() -> bool:
+    """Whether this is the only process, or the first of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def print_json(content: Any) -> None:
@@ -35,9 +41,13 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 
 def cell_text(value: object) -> str:
-    """Return a value as it stands in a table: four significant digits, a dash for nothing."""
-    if value is None:
+    """Return a value as it stands in a table: four significant digits, a dash for nothing, lists in one line."""
+    if value is None or value in ({}, [], ()):
         return "-"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {cell_text(item)}" for name, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(cell_text, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

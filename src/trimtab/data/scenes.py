@@ -56,30 +56,36 @@ class SceneSettings:
     """What a scene looks like.
 
     Attributes:
-        canvas: Width and height of the image in pixels, at least 32.
+        canvas: Width and height of the image in pixels, a multiple of twice `cell`.
+        cell: Width and height of a cell in pixels, at least 4. Digits lie on whole cells; with cells as large as the
+            patches of a vision tower a digit cuts no patch, which a small tower learns many times faster.
         digits: Fewest and most coloured digits of a scene, within 2..4.
-        small: Height of a small digit, smallest and largest, as shares of the canvas.
-        large: The same for a large digit; at most 0.45, so that it fits into its quadrant.
+        small: Cells that a small digit is wide and high, at least 1.
+        large: The same for a large digit, at least `small` and at most a quadrant. Where both are equal, no
+            question asks which is larger.
         distractors: Grey pieces of strokes per scene, at least 0.
     """
 
     canvas: int = 128
+    cell: int = 8
     digits: tuple[int, int] = (3, 4)
-    small: tuple[float, float] = (0.24, 0.29)
-    large: tuple[float, float] = (0.36, 0.44)
+    small: int = 2
+    large: int = 2
     distractors: int = 4
 
     def __post_init__(self) -> None:
         """Check every field; see the class for the ranges."""
         fewest, most = self.digits
-        if self.canvas < 32:
-            raise setting_error("SceneSettings", "canvas", "at least 32 pixels", self.canvas)
+        if self.cell < 4:
+            raise setting_error("SceneSettings", "cell", "at least 4 pixels", self.cell)
+        if self.canvas < 2 * self.cell or self.canvas % (2 * self.cell):
+            raise setting_error("SceneSettings", "canvas", f"a multiple of twice cell={self.cell}", self.canvas)
         if not 2 <= fewest <= most <= 4:
             raise setting_error("SceneSettings", "digits", "(fewest, most) with 2 <= fewest <= most <= 4", self.digits)
-        if not 0 < self.small[0] <= self.small[1] < self.large[0] <= self.large[1] <= 0.45:
-            raise setting_error(
-                "SceneSettings", "small and large", "rising shares in (0, 0.45]", (self.small, self.large)
-            )
+        most_cells = self.canvas // (2 * self.cell)
+        if not 1 <= self.small <= self.large <= most_cells:
+            allowed = f"cells with 1 <= small <= large <= {most_cells}, a quadrant"
+            raise setting_error("SceneSettings", "small, large", allowed, (self.small, self.large))
         if self.distractors < 0:
             raise setting_error("SceneSettings", "distractors", "at least 0", self.distractors)
 
@@ -114,7 +120,7 @@ class Scenes(Sequence[Row]):
     def _draw(self, index: int) -> tuple[np.random.Generator, Row, Objects]:
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         objects = _draw_objects(rng, self.split, self.settings)
-        return rng, _ask(rng, objects, self.questions), objects
+        return rng, _ask(rng, objects, self.questions, self.settings.small < self.settings.large), objects
 
 
 def make_scenes(
@@ -225,14 +231,10 @@ def _draw_objects(rng: np.random.Generator, split: str, settings: SceneSettings)
     ]
 
 
-def _ink(stroke: int, split: str, height: int) -> Image.Image:
-    """One pen stroke without its empty margin, scaled to a height in pixels, as a grey mask."""
-    pixels = _strokes(split)[0][stroke]
-    columns = np.flatnonzero(pixels.max(axis=0) > 0.1)
-    pixels = pixels[:, columns[0] : columns[-1] + 1]
-    width = max(1, round(height * pixels.shape[1] / 8))
-    mask = Image.fromarray((pixels * 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-    return mask.point(_SHARPEN)
+def _ink(stroke: int, split: str, side: int) -> Image.Image:
+    """One pen stroke scaled to a square of `side` pixels, as a grey mask."""
+    pixels = Image.fromarray((_strokes(split)[0][stroke] * 255).astype(np.uint8))
+    return pixels.resize((side, side), Image.Resampling.BICUBIC).point(_SHARPEN)
 
 
 def _ground(rng: np.random.Generator, canvas: int) -> Image.Image:
@@ -245,21 +247,22 @@ def _ground(rng: np.random.Generator, canvas: int) -> Image.Image:
 
 def _paint(rng: np.random.Generator, objects: Objects, split: str, settings: SceneSettings) -> Image.Image:
     """Paint the scene and enter the ``box`` of every object."""
-    canvas, half = settings.canvas, settings.canvas // 2
+    canvas, cell = settings.canvas, settings.cell
     image = _ground(rng, canvas)
     numbers = np.concatenate(_strokes(split)[1])
     for _ in range(settings.distractors):
-        piece = _ink(int(rng.choice(numbers)), split, round(canvas * rng.uniform(0.12, 0.2)))
+        piece = _ink(int(rng.choice(numbers)), split, round(cell * rng.uniform(1, 2)))
         piece = piece.crop((0, 0, piece.width, piece.height // 2))
         place = (int(rng.integers(0, canvas - piece.width)), int(rng.integers(0, canvas - piece.height)))
         shade = int(rng.integers(120, 180))
         image.paste((shade, shade, shade), place, piece)
+    half = canvas // (2 * cell)
     for entry in objects:
-        share = rng.uniform(*(settings.small if entry["size"] == "small" else settings.large))
-        mask = _ink(entry["stroke"], split, round(canvas * share))
+        cells = settings.small if entry["size"] == "small" else settings.large
         quadrant = QUADRANTS.index(entry["quadrant"])
-        left = half * (quadrant % 2) + int(rng.integers(0, half - mask.width + 1))
-        top = half * (quadrant // 2) + int(rng.integers(0, half - mask.height + 1))
+        left = cell * (half * (quadrant % 2) + int(rng.integers(0, half - cells + 1)))
+        top = cell * (half * (quadrant // 2) + int(rng.integers(0, half - cells + 1)))
+        mask = _ink(entry["stroke"], split, cell * cells)
         # A colour is never twice the same, but always nearer to its own name than to another.
         tint = tuple(int(np.clip(value + rng.integers(-15, 16), 0, 255)) for value in COLOURS[entry["colour"]])
         image.paste(tint, (left, top), mask)
@@ -267,10 +270,12 @@ def _paint(rng: np.random.Generator, objects: Objects, split: str, settings: Sce
     return image
 
 
-def _comparison(rng: np.random.Generator, objects: Objects, placed: int | None) -> tuple[str, str]:
+def _comparison(rng: np.random.Generator, objects: Objects, placed: int | None, sized: bool) -> tuple[str, str]:
     """A question about two objects; `placed` is the one whose quadrant another question asks for."""
     choices = []
     for name, (_, lacks) in _COMPARISONS.items():
+        if name == "larger" and not sized:
+            continue
         # Its quadrant would tell the answer to a question about its side.
         usable = [o for i, o in enumerate(objects) if name == "larger" or i != placed]
         choices += [(name, a, b) for a in usable for b in usable if not lacks(a) and lacks(b)]
@@ -282,7 +287,7 @@ def _comparison(rng: np.random.Generator, objects: Objects, placed: int | None) 
     return _COMPARISONS[kind][0].format(first=first["colour"], second=second["colour"]), more["colour"]
 
 
-def _ask(rng: np.random.Generator, objects: Objects, questions: int) -> Row:
+def _ask(rng: np.random.Generator, objects: Objects, questions: int, sized: bool) -> Row:
     families = [FAMILIES[i] for i in rng.permutation(len(FAMILIES))[:questions]]
     # Two different objects: "which digit is red" and "what colour is the seven" must not answer one another.
     named, coloured = rng.choice(len(objects), 2, replace=False)
@@ -291,7 +296,7 @@ def _ask(rng: np.random.Generator, objects: Objects, questions: int) -> Row:
     asked, answers = [], []
     for family in families:
         if family == "compare":
-            question, answer = _comparison(rng, objects, placed if "where" in families else None)
+            question, answer = _comparison(rng, objects, placed if "where" in families else None, sized)
         else:
             place, key = targets[family]
             question, answer = _TEMPLATES[family].format(**objects[place]), objects[place][key]

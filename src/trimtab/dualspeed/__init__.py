@@ -7,3 +7,10 @@ Comes out: an ordinary checkpoint of that model, to be used with full images
 Cost: one short run instead of a long one; about one step in ten sees all tokens and a teacher pass besides
 Entry: `with_dualspeed(Trainer)`, `attach(model, DualSpeedConfig())`, `trimtab train`
 """
+
+from trimtab.dualspeed.attach import DualSpeedHandle, attach
+from trimtab.dualspeed.config import DualSpeedConfig
+from trimtab.dualspeed.schedule import Mode, mode_of_step
+from trimtab.dualspeed.trainer import with_dualspeed
+
+__all__ = ["DualSpeedConfig", "DualSpeedHandle", "Mode", "attach", "mode_of_step", "with_dualspeed"]

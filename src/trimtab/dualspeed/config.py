@@ -84,8 +84,10 @@ class DualSpeedConfig:
             self._require("isolator_from", str, bool, "a path, or None")
         if self.schedule == "annealed" and self.slow_ratio > 0.5:
             raise setting_error(
-                "DualSpeedConfig", "slow_ratio", "at most 0.5 with schedule='annealed' (the share climbs to twice "
-                "the mean)", self.slow_ratio,
+                "DualSpeedConfig",
+                "slow_ratio",
+                "at most 0.5 with schedule='annealed' (the share climbs to twice the mean)",
+                self.slow_ratio,
             )
 
     def _require(self, name: str, kind: Any, allowed: Any, words: str) -> None:

@@ -30,7 +30,7 @@ def repack_index(
 
 
 def gather_places(
-    values: Tensor, source: Int[Tensor, "row length"], real: Bool[Tensor, "row length"], padding: float
+    values: Tensor, source: Int[Tensor, "row length"], real: Bool[Tensor, "row length"], padding: int
 ) -> Tensor:
     """Take the values of the kept places and fill the padding.
 
@@ -47,9 +47,7 @@ def gather_places(
     return values.gather(-1, index).masked_fill(~real, padding)
 
 
-def close_gaps(
-    positions: Int[Tensor, "axis row seq"], real: Bool[Tensor, "row seq"]
-) -> Int[Tensor, "axis row seq"]:
+def close_gaps(positions: Int[Tensor, "axis row seq"], real: Bool[Tensor, "row seq"]) -> Int[Tensor, "axis row seq"]:
     """Renumber positions densely, row by row, keeping their order and their ties.
 
     All coordinates of a row share one scale: the smallest becomes 0 and each next distinct value one more, so

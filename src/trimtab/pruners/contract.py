@@ -39,7 +39,7 @@ class PrunerInput:
     keys: Float[Tensor, "image token key"] | None = None
     text: Float[Tensor, "image word width"] | None = None
     text_valid: Bool[Tensor, "image word"] | None = None
-    draw: tuple[int, ...] = (0, 0, 0)
+    draw: tuple[int, int, int] = (0, 0, 0)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class RandomPruner(Pruner):
 
 
 def uniform_noise(
-    draw: tuple[int, ...], images: int, tokens: int, device: torch.device
+    draw: tuple[int, int, int], images: int, tokens: int, device: torch.device
 ) -> Float[Tensor, "image token"]:
     """Hash a draw into numbers that are uniform in [0, 1), by the SplitMix64 finaliser.
 
@@ -49,7 +49,7 @@ def uniform_noise(
     Returns:
         Multiples of 2^-53 in float64.
     """
-    *names, first = draw or (0,)
+    *names, first = draw
     key = 0
     for name in names:
         key = _mix(key ^ (int(name) & _WORD))

@@ -1,4 +1,4 @@
-"""A small LLaVA from scratch: the stock transformers classes, with few and narrow layers and a tokenizer of whole words.
+"""A small LLaVA from scratch: the stock transformers classes, few and narrow layers, a tokenizer of whole words.
 
 Nothing here is special to trimtab: model and processor are written by `save_pretrained` and read back by
 `LlavaForConditionalGeneration.from_pretrained` and `AutoProcessor.from_pretrained`.
@@ -6,6 +6,7 @@ Nothing here is special to trimtab: model and processor are written by `save_pre
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 from trimtab.errors import DataError, setting_error
 
 if TYPE_CHECKING:
+    import torch
     from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 PAD, UNKNOWN, START, END, USER, ASSISTANT, IMAGE = "<pad>", "<unk>", "<s>", "</s>", "<user>", "<assistant>", "<image>"
 SPECIAL_TOKENS = (PAD, UNKNOWN, START, END, USER, ASSISTANT, IMAGE)
 MARKS = "?,.!"
+NEIGHBOURS = ((0, 1), (1, 0), (0, -1), (-1, 0))  # rows and columns from a patch to the one beside it
 
 CHAT_TEMPLATE = (
     "{{ '<s>' }}"
@@ -57,6 +60,10 @@ class SmallLlava:
         width: Width of the language model, a multiple of twice `heads`.
         heads: Attention heads of the language model.
         mlp_ratio: Width of the hidden layer of every MLP, as a multiple of the width around it.
+        image_mean: Value of a pixel channel (0..1) that becomes 0; best that of the images' ground.
+        image_std: Distance in a pixel channel that becomes 1.
+        tower_locality: How sharply the first attention of the tower looks at the neighbours of a patch; 0 for the
+            stock initialisation.
         init_scale: Standard deviation of the first weights of language model and projector. Small models want wider
             ones than the 0.02 of large models.
     """
@@ -70,6 +77,9 @@ class SmallLlava:
     width: int = 160
     heads: int = 4
     mlp_ratio: float = 2.0
+    image_mean: float = 0.88
+    image_std: float = 0.25
+    tower_locality: float = 3.0
     init_scale: float = 0.05
 
     def __post_init__(self) -> None:
@@ -78,7 +88,8 @@ class SmallLlava:
             if getattr(self, name) < 1:
                 raise setting_error("SmallLlava", name, "at least 1", getattr(self, name))
         if self.image_size % self.patch_size:
-            raise setting_error("SmallLlava", "image_size", f"a multiple of patch_size={self.patch_size}", self.image_size)
+            allowed = f"a multiple of patch_size={self.patch_size}"
+            raise setting_error("SmallLlava", "image_size", allowed, self.image_size)
         if self.tower_width < 1 or self.tower_width % self.tower_heads:
             allowed = f"a multiple of tower_heads={self.tower_heads}"
             raise setting_error("SmallLlava", "tower_width", allowed, self.tower_width)
@@ -154,7 +165,7 @@ def build_processor(sizes: SmallLlava, words: Iterable[str]) -> LlavaProcessor:
     """Make the processor of a small LLaVA.
 
     Args:
-        sizes: Sizes of the model; images are resized to `image_size` and scaled to -1..1.
+        sizes: Sizes of the model; images are resized to `image_size`.
         words: The vocabulary, see `build_tokenizer`.
 
     Returns:
@@ -163,7 +174,7 @@ def build_processor(sizes: SmallLlava, words: Iterable[str]) -> LlavaProcessor:
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
     side = {"height": sizes.image_size, "width": sizes.image_size}
-    images = CLIPImageProcessorPil(size=side, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    images = CLIPImageProcessorPil(size=side, crop_size=side, image_mean=[sizes.image_mean] * 3, image_std=[sizes.image_std] * 3)
     return LlavaProcessor(
         image_processor=images,
         tokenizer=build_tokenizer(words),
@@ -193,7 +204,9 @@ def build_model(sizes: SmallLlava, tokenizer: PreTrainedTokenizerFast, seed: int
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(_config(sizes, tokenizer))
-        _place_patches(model.model.vision_tower.embeddings.position_embedding.weight)
+        waves = _place_patches(model.model.vision_tower.embeddings.position_embedding.weight)
+        for layer in model.model.vision_tower.encoder.layers:
+            _look_at_neighbours(layer.self_attn, waves, sizes.tower_locality)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
@@ -242,21 +255,51 @@ def _config(sizes: SmallLlava, tokenizer: PreTrainedTokenizerFast) -> Any:
     )
 
 
-def _place_patches(weight: Any) -> None:
+def _place_patches(weight: torch.Tensor) -> torch.Tensor:
     """Start the position embeddings of the patches as sines and cosines of row and column (the class token at 0).
 
-    Attention to neighbours is then a linear map away, which saves the tower most of its fitting time.
+    Args:
+        weight: Position embeddings, [1 + token, channel]; the channels hold, in quarters, sine and cosine of the row
+            and sine and cosine of the column.
+
+    Returns:
+        The angular frequencies of one quarter, per patch.
     """
     import torch
 
     places, width = weight.shape
     side = round((places - 1) ** 0.5)
-    grid = torch.arange(side, dtype=torch.float32)
-    rows, columns = torch.meshgrid(grid, grid, indexing="ij")
-    quarter = max(1, width // 4)
-    waves = torch.exp(-torch.arange(quarter) / quarter * torch.log(torch.tensor(4.0 * side)))
+    quarter = width // 4
+    waves = torch.exp(-torch.arange(quarter) / max(1, quarter) * math.log(4.0 * side))
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     angles = [place.reshape(-1, 1) * waves for place in (rows, columns)]
-    table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
     with torch.no_grad():
         weight.zero_()
-        weight[1:, : table.shape[1]] = 0.5 * table[:, :width]
+        weight[1:, : 4 * quarter] = 0.5 * torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], 1)
+    return waves
+
+
+def _look_at_neighbours(attention: Any, waves: torch.Tensor, sharpness: float) -> None:
+    """Add to query and key maps what makes each head look at one neighbour of a patch (right, below, left, above).
+
+    A head's score for a patch at offset p is then the sum of ``sharpness**2 cos(wave * (p - neighbour))`` over some
+    of the waves, as the angle-addition formulas give it from the sines and cosines of `_place_patches`. Attention that
+    starts local spares the tower most of the long time in which attention from noise learns nothing.
+    """
+    import torch
+
+    quarter, size = len(waves), attention.head_dim
+    used = torch.linspace(0, 0.6 * quarter, max(1, size // 4)).long().clamp(max=quarter - 1)[: size // 4]
+    count, place = len(used), torch.arange(len(used))
+    for head in range(attention.num_heads):
+        query, key = torch.zeros(size, 4 * quarter), torch.zeros(size, 4 * quarter)
+        for axis, offset in enumerate(NEIGHBOURS[head % len(NEIGHBOURS)]):
+            sine, cosine = 2 * axis * quarter + used, (2 * axis + 1) * quarter + used
+            first, second, turn = 2 * axis * count + place, (2 * axis + 1) * count + place, waves[used] * offset
+            query[first, sine], query[first, cosine] = turn.cos(), turn.sin()
+            query[second, cosine], query[second, sine] = turn.cos(), -turn.sin()
+            key[first, sine] = key[second, cosine] = 1.0
+        rows = slice(head * size, (head + 1) * size)
+        with torch.no_grad():
+            attention.q_proj.weight[rows, : 4 * quarter] += sharpness * query
+            attention.k_proj.weight[rows, : 4 * quarter] += sharpness * key

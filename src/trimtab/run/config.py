@@ -207,7 +207,9 @@ def training_hints(trainer: str) -> dict[str, Any]:
 
         arguments = require("trl", "trainer: sft").SFTConfig
     else:
-        from transformers import TrainingArguments as arguments  # noqa: N813  (either class under one name)
+        from transformers import TrainingArguments
+
+        arguments = TrainingArguments
     return {name: hint for name, hint in typing.get_type_hints(arguments).items() if name in _init_names(arguments)}
 
 
@@ -278,13 +280,16 @@ def training_arguments(config: RunConfig) -> Any:
     """
     settings = {**config.training, "output_dir": config.output_dir, "remove_unused_columns": False}
     if config.trainer == "sft":
-        from trl import SFTConfig as arguments  # noqa: N813  (either class under one name)
+        from trimtab.run.extras import require
 
+        arguments = require("trl", "trainer: sft").SFTConfig
         # Rows reach trimtab's collator as they are; TRL would tokenise them before.
         settings["dataset_kwargs"] = {**(settings.get("dataset_kwargs") or {}), "skip_prepare_dataset": True}
         settings["max_length"] = config.max_length
     else:
-        from transformers import TrainingArguments as arguments  # noqa: N813
+        from transformers import TrainingArguments
+
+        arguments = TrainingArguments
     try:
         return arguments(**settings)
     except (ValueError, TypeError, ImportError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -62,7 +62,7 @@ def evaluate(
     rows = list(islice(load_rows_of(config.eval_files, config), limit))
     model, processor = load_trained(directory, config)
     started = datetime.now(timezone.utc)
-    ask = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "progress": progress}
+    ask: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "progress": progress}
     results = {"full": exact_match(model, processor, rows, **ask)}
     if pruned:
         with _attached(model, config, directory) as handle:
@@ -76,7 +76,7 @@ def evaluate(
 
 
 @contextmanager
-def _attached(model: Any, config: RunConfig, directory: Path) -> Any:
+def _attached(model: Any, config: RunConfig, directory: Path) -> Iterator[Any]:
     """Attach DualSpeed with the isolator that was trained with the model, where there is one."""
     from trimtab.dualspeed import attach
 

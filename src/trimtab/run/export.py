@@ -80,9 +80,10 @@ def _load_checked(source: str | Path) -> Any:
     """Load with stock transformers; missing, unexpected or misshapen tensors are an error."""
     from transformers import AutoModelForImageTextToText
 
+    loader: Any = AutoModelForImageTextToText  # its types do not know output_loading_info
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(str(source), dtype="auto", output_loading_info=True)
-    except (OSError, ValueError) as error:
+        model, info = loader.from_pretrained(str(source), dtype="auto", output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: tensors of another shape
         raise DataError(f"transformers cannot load {source}: {error}") from error
     wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from trimtab.errors import HostLibraryError, SettingError, UnsupportedModelError, near_miss
 from trimtab.run.config import RunConfig
@@ -152,7 +152,7 @@ def load_rows_of(files: Sequence[str], config: RunConfig) -> Any:
     from trimtab.data import load_rows
 
     parts = [load_rows(file, image_folder=config.image_folder, on_bad=config.on_bad) for file in files]
-    return parts[0] if len(parts) == 1 else ConcatDataset(parts)
+    return parts[0] if len(parts) == 1 else ConcatDataset(cast(Any, parts))
 
 
 def skipped_rows(rows: Any) -> int:
@@ -187,6 +187,8 @@ def load_trained(directory: str | Path, config: RunConfig) -> tuple[Any, Any]:
 @contextmanager
 def _explained(source: str) -> Iterator[None]:
     """Say in our words why loading failed."""
+    if Path(source).is_dir() and not any(Path(source).glob("*config.json")):
+        raise SettingError(f"The directory {source!r} holds no model: there is no config.json in it.")
     try:
         yield
     except OSError as error:
@@ -201,7 +203,7 @@ def _explained(source: str) -> Iterator[None]:
 
 def _not_found(source: str, error: OSError) -> str:
     if Path(source).is_dir():
-        return f"The directory {source!r} does not hold what transformers needs: {error}"
+        return f"The directory {source!r} does not hold all that transformers needs: {error}"
     if Path(source).exists():
         return f"model_name_or_path must be a directory or a hub name, but {source!r} is a file."
     return (

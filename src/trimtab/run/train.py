@@ -14,6 +14,7 @@ from trimtab.errors import OutputError, TrimtabError
 from trimtab.files import OutputDirectory, prepare_output
 from trimtab.records import make_record, read_record, write_record
 from trimtab.run.config import RunConfig, training_arguments, write_resolved
+from trimtab.run.extras import require
 from trimtab.run.load import load_model, load_processor, load_rows_of, skipped_rows
 
 RECORD_FILE = "records/train.json"
@@ -45,11 +46,12 @@ def train(config: RunConfig) -> dict[str, Any]:
     output = _prepare(config, arguments)
     if output.finished:
         return read_record(output.path / RECORD_FILE)
-    model, processor = load_model(config), load_processor(config.model_name_or_path)
+    checkpoint = _last_checkpoint(output)
+    model, processor = _model_to_train(config, checkpoint), load_processor(config.model_name_or_path)
     trainer = build_trainer(config, arguments, model, processor, rows, eval_rows)
     started, began = datetime.now(timezone.utc), time.perf_counter()
     with _disk_errors(output.path):
-        trainer.train(resume_from_checkpoint=_last_checkpoint(output))
+        trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - began
         trainer.save_model(str(output.path))
         record = _record(config, trainer, rows, started, seconds)
@@ -80,9 +82,8 @@ def build_trainer(
 
     extra: dict[str, Any] = {}
     if config.trainer == "sft":
-        from trl import SFTTrainer as base  # noqa: N813  (either class under one name)
-    else:
-        from transformers import Trainer as base  # noqa: N813
+        rows, eval_rows = _as_dataset(rows), None if eval_rows is None else _as_dataset(eval_rows)
+    base: Any = _trainer_class(config.trainer)
     if config.dualspeed is not None:
         from trimtab.dualspeed import with_dualspeed
 
@@ -98,14 +99,36 @@ def build_trainer(
     )
 
 
+def _trainer_class(name: str) -> Any:
+    if name == "sft":
+        return require("trl", "trainer: sft").SFTTrainer
+    from transformers import Trainer
+
+    return Trainer
+
+
+def _as_dataset(rows: Any) -> Any:
+    """Wrap rows in the class that TRL insists on; images are still opened when a row is asked for."""
+    from datasets import Dataset
+
+    def open_rows(chosen: dict[str, list[int]]) -> dict[str, list[Any]]:
+        found = [rows[place] for place in chosen["place"]]
+        return {name: [row[name] for row in found] for name in found[0]}
+
+    return Dataset.from_dict({"place": list(range(len(rows)))}).with_transform(open_rows)
+
+
 def _prepare(config: RunConfig, arguments: Any) -> OutputDirectory:
     """Let the first process make the output directory ready; the others wait and take it as it is."""
     with arguments.main_process_first(desc="output directory"):
         if arguments.process_index:
             return OutputDirectory(Path(config.output_dir), resumed=config.resume)
-        output = prepare_output(
-            config.output_dir, overwrite=config.overwrite, resume=config.resume, settings=config.identity()
-        )
+        try:
+            output = prepare_output(
+                config.output_dir, overwrite=config.overwrite, resume=config.resume, settings=config.identity()
+            )
+        except OutputError as error:
+            raise OutputError(f"{error} In a run file: `resume: true` or `overwrite: true`.") from error
         write_resolved(config, output.path)
     return output
 
@@ -118,6 +141,18 @@ def _last_checkpoint(output: OutputDirectory) -> str | None:
     from transformers.trainer_utils import get_last_checkpoint
 
     return get_last_checkpoint(str(output.path)) if output.resumed else None
+
+
+def _model_to_train(config: RunConfig, checkpoint: str | None) -> Any:
+    """Load the model, in a resumed run from its checkpoint.
+
+    The Trainer loads a checkpoint by the names of the tensors as they stand in the file. transformers 5.23 writes
+    those of some models that came from `from_pretrained` (LLaVA is one) under the older names of the hub, which then
+    fit nothing and are passed over with a warning: the run would go on from the first weights. `from_pretrained`
+    knows both names.
+    """
+    whole = checkpoint is not None and any(Path(checkpoint).glob("model*.safetensors"))
+    return load_model(config, checkpoint if whole else None)
 
 
 def _record(config: RunConfig, trainer: Any, rows: Any, started: datetime, seconds: float) -> dict[str, Any]:

@@ -1,0 +1,308 @@
+"""Give a model fewer visual tokens than its placeholders announce.
+
+A batch announces every visual token with a placeholder in ``input_ids``. `assemble` removes the surplus placeholders
+from every tensor that has a value per place, packs the rows anew, and hands the kept features over through
+``mm_encoder_outputs``; the stock model then runs unmodified.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from trimtab.anatomy.encode import EncodedImages
+from trimtab.anatomy.families import Host, open_host
+from trimtab.errors import SettingError, TokenMismatchError
+from trimtab.ops.label_head import IGNORED
+from trimtab.ops.repack import close_gaps, gather_places, repack_index
+from trimtab.shapes import Bool, Float, Int, Tensor
+
+Positions = Literal["renumber", "original"]
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where a batch has placeholders and padding.
+
+    Attributes:
+        placeholder: Which places hold a visual token.
+        real: Which places are not padding.
+        place: Places of all placeholders in reading order, counted through the flattened batch.
+        placeholders: How many each row has.
+        lengths: How many real places each row has.
+        labelled: How many placeholders of the batch carry a label.
+        pad_left: Whether padding stands before the rows.
+        block_rows: Row of each block of features.
+    """
+
+    placeholder: Bool[Tensor, "row seq"]
+    real: Bool[Tensor, "row seq"]
+    place: Int[Tensor, "place"]
+    placeholders: list[int]
+    lengths: list[int]
+    labelled: int
+    pad_left: bool
+    block_rows: list[int]
+
+
+def read_rows(model: Any, batch: Mapping[str, Any], block_sizes: Sequence[int]) -> RowLayout:
+    """Find placeholders and padding, and check that the features fit them; waits for the device once.
+
+    Args:
+        model: The model, or what `open_host` made of it.
+        batch: Arguments of its forward with ``input_ids``, and ``attention_mask`` and ``labels`` where given.
+        block_sizes: Tokens of each block of features.
+
+    Returns:
+        The layout.
+
+    Raises:
+        SettingError: ``attention_mask`` has a shape other than that of ``input_ids``.
+        TokenMismatchError: Placeholders and features do not fit; the message has both counts and the row.
+    """
+    host = open_host(model)
+    ids = batch["input_ids"]
+    placeholder = torch.zeros_like(ids, dtype=torch.bool)
+    for token in host.image_token_ids:
+        placeholder |= ids == token
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.shape != ids.shape:
+        raise SettingError(
+            f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}, but {tuple(mask.shape)} came. Give "
+            "the two-dimensional mask of the processor; the model builds larger ones itself."
+        )
+    real = torch.ones_like(placeholder) if mask is None else mask != 0
+    placeholder &= real
+    labels = batch.get("labels")
+    labelled = (placeholder & (labels != IGNORED)).sum(1) if labels is not None else torch.zeros_like(ids[:, 0])
+    counts = torch.stack([placeholder.sum(1), real.sum(1), labelled, real[:, 0].long()]).tolist()
+    placeholders, lengths, labelled_rows, first_real = counts
+    order = torch.argsort((~placeholder).flatten().to(torch.int8), stable=True)
+    return RowLayout(
+        placeholder=placeholder,
+        real=real,
+        place=order[: sum(placeholders)],
+        placeholders=placeholders,
+        lengths=lengths,
+        labelled=sum(labelled_rows),
+        pad_left=not all(first_real),
+        block_rows=_rows_of_blocks(placeholders, lengths, block_sizes, ids.shape[1]),
+    )
+
+
+def full_inputs(model: Any, batch: Mapping[str, Any], encoded: EncodedImages) -> dict[str, Any]:
+    """Arguments of the model for all its visual tokens, with images that were encoded before.
+
+    Args:
+        model: The model, or what `open_host` made of it.
+        batch: Arguments of its forward.
+        encoded: Its images.
+
+    Returns:
+        The same arguments, with features in place of pixels.
+    """
+    pixels = [name for name in open_host(model).encoder_names if name.startswith("pixel_")]
+    inputs = {name: value for name, value in batch.items() if name not in pixels}
+    return {**inputs, "mm_encoder_outputs": {"image": encoded.output}}
+
+
+def assemble(
+    model: Any,
+    batch: Mapping[str, Any],
+    encoded: EncodedImages,
+    kept: Sequence[Int[Tensor, "kept"]],
+    *,
+    prefix: Float[Tensor, "prefix width"] | None = None,
+    tokens: Sequence[Float[Tensor, "kept width"]] | None = None,
+    positions: Positions = "renumber",
+    layout: RowLayout | None = None,
+) -> dict[str, Any]:
+    """Arguments of the model for some of its visual tokens.
+
+    Args:
+        model: The model, or what `open_host` made of it.
+        batch: Arguments of its forward.
+        encoded: Its images.
+        kept: For each block the tokens to keep, ascending.
+        prefix: Rows to put in front of every block, or None. They take places of dropped tokens.
+        tokens: For each block the features to hand over in place of the kept ones (merged tokens), or None.
+        positions: ``"renumber"`` closes the gaps, ``"original"`` keeps the positions of the full sequence; prefix
+            rows then share the position of the block's first token.
+        layout: From `read_rows`, where the caller has it already.
+
+    Returns:
+        Arguments of the model: every tensor with a value per place made shorter, images replaced by features.
+
+    Raises:
+        SettingError: A block has fewer dropped tokens than the prefix needs, or indices for another number of
+            blocks came.
+        TokenMismatchError: Placeholders and features do not fit.
+    """
+    host = open_host(model)
+    sizes = [block.shape[0] for block in encoded.blocks]
+    if len(kept) != len(sizes):
+        raise SettingError(f"kept must have one entry for each of the {len(sizes)} blocks, but {len(kept)} came.")
+    layout = read_rows(host, batch, sizes) if layout is None else layout
+    fronts = [prefix.shape[0] if prefix is not None and size else 0 for size in sizes]
+    counts = [front + index.shape[0] for front, index in zip(fronts, kept, strict=True)]
+    for size, front, index in zip(sizes, fronts, kept, strict=True):
+        if front + index.shape[0] > size:
+            raise SettingError(
+                f"keep_ratio keeps {index.shape[0]} of {size} visual tokens of an image, which leaves fewer than the "
+                f"{front} places that the isolator needs. Lower keep_ratio or isolator_tokens."
+            )
+    slots = _slots(sizes, kept, fronts, layout.place.device)
+    keep = layout.real.clone()
+    keep.view(-1)[layout.place] = slots
+    lengths = _lengths(layout, sizes, counts)
+    source, real = repack_index(keep, max(lengths), layout.pad_left)
+    features = list(tokens) if tokens is not None else [b[i] for b, i in zip(encoded.blocks, kept, strict=True)]
+    if prefix is not None:
+        features = [torch.cat((prefix[:n].to(one.dtype), one)) for n, one in zip(fronts, features, strict=True)]
+
+    short = _shorten(host, batch, source, real, layout, ragged=min(lengths) < max(lengths))
+    if host.family.rotary == "multimodal" or positions == "original" or batch.get("position_ids") is not None:
+        places = _positions(host, batch, layout)
+        if host.family.rotary == "line" and positions == "renumber":
+            places = places - (layout.real & ~keep).long().cumsum(1)
+        else:
+            places = _move_to_origin(places, slots, _origins(sizes, kept, fronts, slots.device), layout)
+        short["position_ids"] = gather_places(places, source, real, 0)
+        if host.family.rotary == "multimodal":
+            short.pop("mm_token_type_ids", None)
+            if positions == "renumber":
+                short["position_ids"] = close_gaps(short["position_ids"], real)
+        elif places.shape[0] == 1:
+            short["position_ids"] = short["position_ids"][0]
+    short["mm_encoder_outputs"] = {"image": _hand_over(encoded, features, kept, fronts)}
+    return short
+
+
+def _rows_of_blocks(placeholders: list[int], lengths: list[int], sizes: Sequence[int], seq: int) -> list[int]:
+    rows, row, left = [], 0, list(placeholders)
+    for number, size in enumerate(sizes):
+        if size == 0:  # the Idefics families hand over an empty block for a row without image
+            rows.append(min(row, len(left) - 1))
+            continue
+        while row < len(left) and left[row] == 0:
+            row += 1
+        if row == len(left) or left[row] < size:
+            have = 0 if row == len(left) else left[row]
+            raise TokenMismatchError(
+                f"Image {number} of the batch has {size} visual tokens, but row {min(row, len(left) - 1)} has "
+                f"{have} image placeholders left for it (placeholders per row {placeholders}, real tokens per row "
+                f"{lengths}, tokens per image {list(sizes)}). The row was probably cut at {seq} tokens inside an "
+                "image: set max_length=None, or to more than the longest row."
+            )
+        left[row] -= size
+        rows.append(row)
+    if any(left):
+        bad = next(row for row, count in enumerate(left) if count)
+        raise TokenMismatchError(
+            f"Row {bad} has {placeholders[bad]} image placeholders, {left[bad]} more than its images have visual "
+            f"tokens (placeholders per row {placeholders}, tokens per image {list(sizes)}). Give every image that the "
+            "text names, or build the text with the model's own processor."
+        )
+    return rows
+
+
+def _slots(sizes: list[int], kept: Sequence[Tensor], fronts: list[int], device: torch.device) -> Tensor:
+    """Which placeholders stay: those of kept tokens, and the earliest others for the prefix; [place]."""
+    widest = max(sizes, default=0)
+    stays = torch.zeros(len(sizes), widest, dtype=torch.bool, device=device)
+    for row, index in enumerate(kept):
+        stays[row].index_fill_(0, index, True)
+    if any(fronts):
+        inside = torch.arange(widest, device=device) < torch.tensor(sizes, device=device)[:, None]
+        free = inside & ~stays
+        stays |= free & (free.cumsum(1) <= torch.tensor(fronts, device=device)[:, None])
+    flat = [number * widest + place for number, size in enumerate(sizes) for place in range(size)]
+    return stays.flatten()[torch.tensor(flat, device=device, dtype=torch.long)]
+
+
+def _origins(sizes: list[int], kept: Sequence[Tensor], fronts: list[int], device: torch.device) -> Tensor:
+    """For each handed-over row the placeholder whose position it takes; prefix rows take the block's first."""
+    parts, start = [], 0
+    for size, front, index in zip(sizes, fronts, kept, strict=True):
+        parts += [torch.full((front,), start, device=device), index.to(device) + start]
+        start += size
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=device)
+
+
+def _lengths(layout: RowLayout, sizes: list[int], counts: list[int]) -> list[int]:
+    left = list(layout.lengths)
+    for row, size, count in zip(layout.block_rows, sizes, counts, strict=True):
+        left[row] -= size - count
+    return left
+
+
+def _shorten(
+    host: Host, batch: Mapping[str, Any], source: Tensor, real: Tensor, layout: RowLayout, ragged: bool
+) -> dict[str, Any]:
+    shape = layout.real.shape
+    config = host.model.config.get_text_config()
+    pad = getattr(config, "pad_token_id", None)
+    if pad is None or pad in host.image_token_ids:
+        pad = next(token for token in range(len(host.image_token_ids) + 1) if token not in host.image_token_ids)
+    padding = {"input_ids": pad, "labels": IGNORED}
+    short: dict[str, Any] = {}
+    for name, value in batch.items():
+        if name in host.encoder_names or name in ("position_ids", "mm_encoder_outputs"):
+            continue
+        per_place = isinstance(value, Tensor) and value.shape == shape
+        short[name] = gather_places(value, source, real, padding.get(name, 0)) if per_place else value
+    if short.get("attention_mask") is None and ragged:
+        short["attention_mask"] = real.to(torch.long)
+    return short
+
+
+def _positions(host: Host, batch: Mapping[str, Any], layout: RowLayout) -> Int[Tensor, "axis row seq"] | None:
+    """Positions of the full sequence, [axis, row, seq]."""
+    given = batch.get("position_ids")
+    if given is not None:
+        full = given if given.dim() == 3 else given[None]
+        return full.expand(full.shape[0], *layout.real.shape)
+    if host.family.rotary == "line":
+        return torch.arange(layout.real.shape[1], device=layout.real.device).expand(1, *layout.real.shape)
+    return _multimodal_positions(host, batch, layout)
+
+
+def _multimodal_positions(host: Host, batch: Mapping[str, Any], layout: RowLayout) -> Tensor:
+    types = batch.get("mm_token_type_ids")
+    values = {**batch, "mm_token_type_ids": layout.placeholder.int() if types is None else types}
+    names = inspect.signature(host.base.compute_3d_position_ids).parameters
+    deltas = host.base.rope_deltas
+    try:
+        # The model would number rows by deltas of an earlier batch if any were left.
+        host.base.rope_deltas = None
+        positions: Tensor = host.base.compute_3d_position_ids(**{name: values.get(name) for name in names})
+    finally:
+        host.base.rope_deltas = deltas
+    return positions
+
+
+def _move_to_origin(places: Tensor, slots: Tensor, origins: Tensor, layout: RowLayout) -> Tensor:
+    """Give every retained placeholder the position of the token whose features it will hold."""
+    retained = torch.argsort((~slots).to(torch.int8), stable=True)[: origins.shape[0]]
+    flat = places.flatten(1).clone()
+    flat[:, layout.place[retained]] = places.flatten(1)[:, layout.place[origins]]
+    return flat.view_as(places)
+
+
+def _hand_over(encoded: EncodedImages, features: list[Tensor], kept: Sequence[Tensor], fronts: list[int]) -> Any:
+    output = type(encoded.output)(pooler_output=features)
+    deep = getattr(encoded.output, "deepstack_features", None)
+    if deep is not None:
+        # These are added to the states of all visual places, so prefix rows get zeros.
+        output["deepstack_features"] = [
+            [
+                torch.cat((one.new_zeros(front, one.shape[1]), one[index]))
+                for one, front, index in zip(layer, fronts, kept, strict=True)
+            ]
+            for layer in deep
+        ]
+    return output

@@ -1,0 +1,95 @@
+"""Observe class-token attention, keys and states inside a vision tower, without a full attention map."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimtab.anatomy.families import Host
+from trimtab.errors import SettingError
+from trimtab.shapes import Tensor
+
+Observed = dict[str, Tensor]
+"""By need: ``hidden`` [tile, patch, channel], ``cls_attention`` [tile, patch], ``keys`` [tile, patch, key]."""
+
+
+@contextlib.contextmanager
+def observe_tower(host: Host, needs: frozenset[str]) -> Iterator[Observed]:
+    """While active, note what one pass of the vision tower shows.
+
+    The attention row is computed from the queries and keys of the block that feeds the features, so that the tower
+    keeps its fast attention: softmax(q_cls k^T / sqrt(d)), class column dropped, mean over heads
+    (token_reduction sheet, section 2). A tower without class token gives the mean over all queries instead.
+
+    Args:
+        host: The opened model; its family must have an observable tower.
+        needs: Subset of ``hidden``, ``cls_attention``, ``keys``.
+
+    Yields:
+        A dict that is filled when the tower has run.
+
+    Raises:
+        SettingError: The features come from several layers, or from before the first block.
+    """
+    observed: Observed = {}
+    caught: dict[str, Tensor] = {}
+    attention = _attention_block(host)
+    has_class = host.model.config.vision_feature_select_strategy == "default"
+
+    def finish(module: nn.Module, args: tuple[Any, ...]) -> None:
+        observed["hidden"] = args[0].detach()
+        if needs & {"cls_attention", "keys"}:
+            _read(attention, caught, has_class, observed)
+        for name in set(observed) - needs:
+            del observed[name]
+
+    def catch(name: str) -> Any:
+        return lambda module, args, output: caught.__setitem__(name, output.detach())
+
+    removers = [host.base.multi_modal_projector.register_forward_pre_hook(finish)]
+    if needs & {"cls_attention", "keys"}:
+        removers += [getattr(attention, name).register_forward_hook(catch(name)) for name in ("q_proj", "k_proj")]
+    try:
+        yield observed
+    finally:
+        for remover in removers:
+            remover.remove()
+
+
+def _attention_block(host: Host) -> Any:
+    layer = host.model.config.vision_feature_layer
+    blocks = [
+        module
+        for module in host.base.vision_tower.modules()
+        if isinstance(getattr(module, "q_proj", None), nn.Module)
+        and isinstance(getattr(module, "k_proj", None), nn.Module)
+    ]
+    if not isinstance(layer, int) or layer == 0 or not -len(blocks) <= layer <= len(blocks):
+        raise SettingError(
+            f"vision_feature_layer={layer!r}: attention and keys can be observed where the features come from one "
+            f"block of the vision tower (1..{len(blocks)} or -{len(blocks)}..-1). Choose a pruner that needs features "
+            "only, such as 'divprune'."
+        )
+    # Layer i > 0 is the output of block i - 1; layer -1 is the output of the last block.
+    return blocks[layer - 1] if layer > 0 else blocks[layer]
+
+
+def _read(attention: Any, caught: dict[str, Tensor], has_class: bool, observed: Observed) -> None:
+    heads = int(attention.num_heads)
+    query, key = (_heads(caught[name], heads) for name in ("q_proj", "k_proj"))
+    scale = query.shape[-1] ** -0.5
+    with torch.no_grad():
+        rows = query[:, :, :1] if has_class else query
+        weights = torch.softmax(rows.float() @ key.float().transpose(-1, -2) * scale, dim=-1)
+        first = 1 if has_class else 0
+        observed["cls_attention"] = weights.mean(2).mean(1)[:, first:]
+        observed["keys"] = key.mean(1)[:, first:]
+
+
+def _heads(states: Tensor, heads: int) -> Tensor:
+    tiles, places, channels = states.shape
+    return states.view(tiles, places, heads, channels // heads).transpose(1, 2)  # [tile, head, place, channel]

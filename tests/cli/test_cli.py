@@ -1,0 +1,235 @@
+"""The command line: parse, call one function, print; errors are one message."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from tests.documents.test_documents import check_command
+
+from trimtab.cli import house_commands, main, run_commands, show
+from trimtab.cli.app import app
+from trimtab.errors import SettingError, TrimtabWarning
+
+COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]  # a group has commands
+
+
+def run(*arguments: str) -> int:
+    """Run a command in this process and return its exit code."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return int(ended.value.code or 0)
+
+
+def test_the_commands_are_those_of_the_house() -> None:
+    promised = {"quickstart", "train", "eval", "export", "check", "bench", "methods", "validate-data", "report"}
+    assert set(COMMANDS) == promised
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_has_one_example_that_holds(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "--help") == 0
+    told = capsys.readouterr().out
+    examples = re.findall(r"Example: (trimtab .+)", told)
+    assert len(examples) == 1
+    check_command(shlex.split(examples[0]))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_that_make_a_record_print_it_on_request(command: str) -> None:
+    options = {
+        option for parameter in typer.main.get_command(app).commands[command].params for option in parameter.opts
+    }  # type: ignore[attr-defined]
+    assert ("--json" in options) == (command != "report")
+
+
+def test_help_version_and_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    import trimtab
+
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"trimtab {trimtab.__version__}\n"
+    assert run("--help") == 0
+    assert run() == 2
+
+
+def test_methods_as_table_card_json_and_markdown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("methods") == 0
+    assert "dualspeed" in capsys.readouterr().out
+    assert run("methods", "dualspeed") == 0
+    assert "2602.03815" in capsys.readouterr().out
+    assert run("methods", "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["name"] == "dualspeed"
+    assert run("methods", "DualSpeed", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "DualSpeed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["methods", "dualsped"], "Did you mean 'dualspeed'"),
+        (["train"], "trimtab train needs a run file"),
+        (["train", "absent.yaml"], "There is no run file 'absent.yaml'"),
+        (["check", "--config", "absent.yaml", "--seed", "1"], "There is no run file"),
+        (["bench", "pruners", "--imges", "2"], "Did you mean 'images'"),
+        (["export", "absent", "out"], "There is no directory 'absent'"),
+        (["report", "absent"], "absent holds no record"),
+    ],
+)
+def test_errors_are_one_message_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert message in told.err
+    assert told.err.startswith("trimtab: ")
+    assert "Traceback" not in told.err
+    assert told.err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(SettingError):
+        main(["--debug", "methods", "nothing"])
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["methods", "--nonsense"], ["bench", "--steps", "0"]])
+def test_wrong_options_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_error_that_is_not_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("trimtab.cards.all_cards", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["methods"])
+
+
+def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trimtab.cards.all_cards", interrupt)
+    assert run("methods") == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_our_warnings_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def warn() -> list[Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("mind the gap", TrimtabWarning, stacklevel=1)
+        return []
+
+    show_before = warnings.showwarning
+    monkeypatch.setattr("trimtab.cards.all_cards", warn)
+    run("methods")
+    assert warnings.showwarning is show_before
+
+
+def test_with_json_stdout_holds_the_record_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--names", "divprune", "--images", "1", "--tokens", "16", "--width", "8", "--repeats", "1")
+    assert run("bench", "pruners", "--json", *arguments) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["kind"] == "bench_pruners"
+    assert record["results"]["pruners"]["divprune"]["plain_loop_same_picks"] is True
+    with show.only_json(True):
+        print("chatter")
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("", "chatter\n")
+
+
+def test_a_table_shows_names_with_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    show.print_table("t", ("a",), [("[bold]x[/bold]",)])
+    assert "[bold]x[/bold]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (True, "yes"),
+        (0.123456, "0.1235"),
+        (12345, "12,345"),
+        (12345.6, "12,346"),
+        ("x", "x"),
+        ({"a": 1, "b": 2.0}, "a 1, b 2"),
+        (["a", 1], "a, 1"),
+        ({}, "-"),
+    ],
+)
+def test_cells(value: object, text: str) -> None:
+    assert show.cell_text(value) == text
+
+
+def test_quickstart_hands_over_its_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import trimtab.quickstart.run as module
+
+    came: dict[str, Any] = {}
+    monkeypatch.setattr(module, "quickstart", lambda **options: came.update(options) or {"kind": "quickstart"})
+    assert run("quickstart", "--out", "x", "--seed", "3", "--steps", "5", "--threads", "1", "--json") == 0
+    assert came == {"out": Path("x"), "seed": 3, "steps": 5, "threads": 1}
+    assert json.loads(capsys.readouterr().out) == {"kind": "quickstart"}
+
+
+def test_files_of_commands_enter_what_they_define() -> None:
+    defined = {
+        name
+        for module in (house_commands, run_commands)
+        for name, value in vars(module).items()
+        if callable(value) and getattr(value, "__module__", "") == module.__name__ and not name.startswith("_")
+    } - {"add_to"}
+    assert {command.callback.__name__ for command in app.registered_commands if command.callback} == defined
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "processes"),
+    [
+        (["accelerate.commands.launch", "--cpu", "--num_processes", "1"], 1),
+        (["torch.distributed.run", "--nproc-per-node", "2"], 2),
+    ],
+    ids=["accelerate", "torchrun"],
+)
+def test_launchers_train_and_the_first_process_alone_prints(
+    launcher: list[str], processes: int, tmp_path: Path
+) -> None:
+    from tests.run.small_run import write_run
+
+    path = write_run(tmp_path, dualspeed={"keep_ratio": 0.25, "slow_ratio": 0.5}, max_steps=2)
+    run_it = [sys.executable, "-m", *launcher, "-m", "trimtab", "train", "--config", str(path), "--json"]
+    done = subprocess.run(run_it, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["results"]["samples"] == 2 * 2 * processes
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal of POSIX")
+def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "trimtab", "bench", "pruners", "--repeats", "100000", "--names", "random"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    time.sleep(15)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in told

@@ -1,0 +1,59 @@
+"""Examples run as they stand, in seconds, and are short."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.documents.reading import ROOT
+from transformers import LlavaForConditionalGeneration
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
+
+
+def test_these_are_the_examples() -> None:
+    assert [path.stem for path in EXAMPLES] == ["own_pruner", "plain_loop", "trainer_two_lines"]
+
+
+@pytest.mark.parametrize("name", ["trainer_two_lines", "plain_loop"])
+def test_training_examples_leave_an_ordinary_checkpoint(name: str, tmp_path: Path) -> None:
+    load(ROOT / "examples" / f"{name}.py").main(str(tmp_path / "out"), steps=3)
+    _, info = LlavaForConditionalGeneration.from_pretrained(str(tmp_path / "out"), output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert (tmp_path / "out" / "dualspeed").is_dir()
+
+
+def test_the_own_pruner_keeps_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    from trimtab import PrunerInput
+    from trimtab.pruners.registry import PRUNERS
+
+    module = load(ROOT / "examples" / "own_pruner.py")
+    try:
+        module.main()
+        told = capsys.readouterr().out
+        assert "longest" in told
+        assert f"Kept {4 * 51} of {4 * 256} visual tokens" in told
+        features = torch.tensor([[[1.0], [5.0], [-7.0], [2.0]]])
+        valid = torch.tensor([[True, True, False, True]])
+        chosen = module.Longest().select(PrunerInput(features=features, valid=valid), 2)
+        assert chosen.index.tolist() == [[1, 3]]
+    finally:
+        PRUNERS._classes.pop("longest", None)

@@ -1,0 +1,137 @@
+"""`check`, `evaluate` and `bench`: what their records say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.run.small_run import TOKENS, settings, write_rows
+
+from trimtab.errors import DataError, SettingError
+from trimtab.records import check_record, read_record
+from trimtab.report import render_report
+from trimtab.run.bench import Bench, bench
+from trimtab.run.check import check
+from trimtab.run.config import RunConfig, build_config
+from trimtab.run.evaluate import evaluate
+
+Make = Callable[..., RunConfig]
+
+
+def test_check_counts_tokens_and_predicts(make_config: Make) -> None:
+    seen: list[tuple[int, int]] = []
+    record = check_record(check(make_config(), limit=5, progress=lambda done, total: seen.append((done, total))))
+    results = record["results"]
+    assert results["supported"] is True
+    assert results["problems"] == []
+    assert results["summary"]["model"] == "LlavaForConditionalGeneration"
+    assert results["summary"]["rows looked at"] == 5
+    assert results["summary"]["visual tokens per row"] == TOKENS
+    assert seen[-1] == (5, 5)
+    assert results["prediction"]["speedup"] > 1
+    assert results["prediction"]["fast_over_full"] < 1 < results["prediction"]["slow_over_full"]
+
+
+def test_keeping_more_predicts_less_gain(make_config: Make) -> None:
+    gains = [
+        check(make_config(dualspeed={"keep_ratio": ratio, "slow_ratio": 0}))["results"]["prediction"]["speedup"]
+        for ratio in (0.1, 0.5)
+    ]
+    assert gains[0] > gains[1] > 1
+
+
+def test_a_frozen_tower_predicts_more_gain(make_config: Make) -> None:
+    gains = [check(make_config(freeze=part))["results"]["prediction"]["tower_share"] for part in (["vision_tower"], [])]
+    assert gains[0] < gains[1]
+
+
+def test_check_writes_nothing(make_config: Make, tmp_path: Path) -> None:
+    check(make_config())
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_lists_bad_rows(make_config: Make, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", count=3)
+    (tmp_path / "rows-2.png").unlink()
+    results = check(make_config(data_files=[str(path)]))["results"]
+    assert [problem["row"] for problem in results["problems"]] == [3]
+    assert "rows-2.png" in results["problems"][0]["message"]
+    assert results["prediction"] is None
+
+
+def test_check_of_data_without_images_says_so(make_config: Make, tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "which"}, {"role": "assistant", "content": "red"}]}\n')
+    with pytest.raises(DataError, match="no visual token"):
+        check(make_config(data_files=[str(path)]))
+
+
+def test_evaluation_on_full_and_pruned_tokens(trained_copy: Path, small_run: Path) -> None:
+    config = build_config({**settings(small_run), "output_dir": str(trained_copy)})
+    record = evaluate(config, pruned=True, max_new_tokens=4)
+    assert record["results"].keys() == {"full", "pruned"}
+    assert record["results"]["full"]["number"] == record["results"]["pruned"]["number"] == 8
+    assert read_record(trained_copy / "records" / "eval.json") == record
+    arm = read_record(trained_copy / "records" / "arm.json")
+    assert arm["results"]["accuracy_full"] == record["results"]["full"]
+    assert arm["results"]["dataset"] == "test"
+    page = render_report(trained_copy, trained_copy / "report.html").read_text(encoding="utf-8")
+    assert "DualSpeed" in page
+
+
+def test_evaluation_asks_the_first_rows_only(trained_copy: Path, small_run: Path) -> None:
+    config = build_config({**settings(small_run), "output_dir": str(trained_copy)})
+    assert evaluate(config, limit=1, max_new_tokens=2)["results"]["full"]["number"] == 2
+
+
+def test_evaluation_needs_files_and_a_model(make_config: Make, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="eval needs eval_files"):
+        evaluate(make_config(eval_files=[]))
+    with pytest.raises(SettingError, match="There is no directory"):
+        evaluate(make_config(), tmp_path / "absent")
+
+
+def test_bench_measures_every_mode(make_config: Make) -> None:
+    record = check_record(bench(make_config(), steps=2))
+    modes = {row["mode"]: row for row in record["results"]["modes"]}
+    assert list(modes) == ["plain", "fast", "slow"]
+    assert modes["plain"]["visual_tokens"] == modes["slow"]["visual_tokens"] == 2 * TOKENS
+    assert modes["fast"]["visual_tokens"] == 2 * (TOKENS // 4)
+    assert modes["plain"]["tokens"] - modes["fast"]["tokens"] == 2 * (TOKENS - TOKENS // 4)
+    assert modes["plain"]["ratio"] == 1
+    assert all(row["seconds"] > 0 and row["peak_mib"] > 0 for row in modes.values())
+    assert record["results"]["rows"] == 2
+    assert record["settings"]["steps"] == 2
+
+
+def test_benching_moves_no_weight_and_leaves_the_model_bare(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from trimtab.run import bench as module
+
+    kept: list[tuple[Bench, dict[str, torch.Tensor]]] = []
+
+    class Kept(Bench):
+        def __init__(self, model: torch.nn.Module, *rest: object) -> None:
+            super().__init__(model, *rest)  # type: ignore[arg-type]  # passed on as they came
+            kept.append((self, {name: value.clone() for name, value in model.state_dict().items()}))
+
+    monkeypatch.setattr(module, "Bench", Kept)
+    bench(make_config(), steps=1)
+    parts, before = kept[0]
+    assert parts.handle is None
+    assert all(torch.equal(before[name], value) for name, value in parts.model.state_dict().items())
+
+
+def test_bench_without_the_block_measures_the_defaults(make_config: Make) -> None:
+    record = bench(make_config(dualspeed=False), steps=1)
+    assert record["settings"]["dualspeed"]["keep_ratio"] == 0.1
+
+
+def test_settings_of_the_record_make_a_run_file(make_config: Make, tmp_path: Path) -> None:
+    record = check(make_config(), limit=1)
+    chosen = {name: value for name, value in record["settings"].items() if name != "limit"}
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(chosen), encoding="utf-8")
+    assert build_config(chosen).dualspeed == make_config().dualspeed
