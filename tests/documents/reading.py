@@ -22,7 +22,7 @@ def blocks(text: str, language: str) -> list[str]:
 def commands(text: str) -> list[list[str]]:
     """Return the commands of all bash blocks as words, environment settings in front left out."""
     lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
-    split = [shlex.split(line, comments=True) for line in lines]
+    split = [shlex.split(line.replace(".venv/bin/", ""), comments=True) for line in lines]
     return [words[sum(re.match(r"[A-Z_]+=", word) is not None for word in words) :] for words in split if words]
 
 

@@ -66,7 +66,8 @@ def check_command(words: list[str]) -> None:
         for extra in re.findall(r"\[([\w,]+)\]", " ".join(words)):
             assert set(extra.split(",")) <= extras
     elif words[0] == "python":
-        assert (ROOT / words[1]).is_file(), f"there is no script {words[1]}"
+        script = words[2].replace(".", "/") if words[1] == "-m" else words[1].removesuffix(".py")
+        assert (ROOT / f"{script}.py").is_file() or (ROOT / script).is_dir(), f"there is no script {words[1:3]}"
     else:
         assert words[0] in {"git", "cd"}, f"what is {words[0]}?"
 
@@ -80,7 +81,14 @@ def test_every_command_exists_with_its_options(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["make nonsense", "trimtab nonsense", "trimtab train --learning_rat 1", "trimtab export --fast", "python none.py"],
+    [
+        "make nonsense",
+        "trimtab nonsense",
+        "trimtab train --learning_rat 1",
+        "trimtab export --fast",
+        "python none.py",
+        "python -m none.at_all",
+    ],
 )
 def test_a_wrong_command_would_be_found(line: str) -> None:
     with pytest.raises(AssertionError):

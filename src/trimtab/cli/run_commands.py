@@ -135,6 +135,7 @@ def bench(
     columns = ("mode", "seconds per step", "times faster than plain", "tokens", "visual tokens", "peak MiB")
     rows = [tuple(mode.values()) for mode in record["results"]["modes"]]
     show.print_table("Time per step", columns, rows)
+    print(f"DualSpeed as set: {record['results']['dualspeed_speedup']:.2f} times faster per step than plain training.")
 
 
 def _bench_pruners(arguments: list[str], as_json: bool) -> None:

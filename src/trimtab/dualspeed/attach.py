@@ -126,7 +126,8 @@ class DualSpeedHandle:
         if missing:
             raise SettingError(
                 f"The pruner {config.pruner!r} needs {', '.join(sorted(missing))}, which "
-                f"{type(self._host.model).__name__} cannot supply. Choose one that needs features only, such as 'divprune'."
+                f"{type(self._host.model).__name__} cannot supply. Choose one that needs features "
+                "only, such as 'divprune'."
             )
         self._model = model
         self.config = config

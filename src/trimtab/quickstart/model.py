@@ -174,7 +174,9 @@ def build_processor(sizes: SmallLlava, words: Iterable[str]) -> LlavaProcessor:
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
     side = {"height": sizes.image_size, "width": sizes.image_size}
-    images = CLIPImageProcessorPil(size=side, crop_size=side, image_mean=[sizes.image_mean] * 3, image_std=[sizes.image_std] * 3)
+    images = CLIPImageProcessorPil(
+        size=side, crop_size=side, image_mean=[sizes.image_mean] * 3, image_std=[sizes.image_std] * 3
+    )
     return LlavaProcessor(
         image_processor=images,
         tokenizer=build_tokenizer(words),
@@ -275,7 +277,9 @@ def _place_patches(weight: torch.Tensor) -> torch.Tensor:
     angles = [place.reshape(-1, 1) * waves for place in (rows, columns)]
     with torch.no_grad():
         weight.zero_()
-        weight[1:, : 4 * quarter] = 0.5 * torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], 1)
+        weight[1:, : 4 * quarter] = 0.5 * torch.cat(
+            [wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], 1
+        )
     return waves
 
 

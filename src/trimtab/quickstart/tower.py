@@ -122,12 +122,16 @@ def _linear_head(width: int, classes: int, generator: torch.Generator) -> torch.
 
 def _patch_loss(logits: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy over kinds; patches with an object and patches without weigh the same in sum."""
-    import torch.nn.functional as F
+    from torch.nn import functional
 
     shown = labels[..., 0] > 0
     weight = shown / shown.sum().clamp(min=1) + ~shown / (~shown).sum().clamp(min=1)
     per_kind = [
-        (F.cross_entropy(one.flatten(0, 1), labels[..., kind].flatten(), reduction="none") * weight.flatten()).sum() / 2
+        (
+            functional.cross_entropy(one.flatten(0, 1), labels[..., kind].flatten(), reduction="none")
+            * weight.flatten()
+        ).sum()
+        / 2
         for kind, one in enumerate(logits)
     ]
     return sum(per_kind) / len(per_kind)

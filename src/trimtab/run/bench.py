@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -46,12 +47,22 @@ class Bench:
             self._update()
             return
         if self.handle is None:
-            from trimtab.dualspeed import attach
-
-            self.handle = attach(self.model, self.settings)
+            self._open()
         with self.handle.force_mode(mode):
             self._update()
         self._note(mode)
+
+    def _open(self) -> None:
+        from trimtab.dualspeed import attach
+
+        logger = logging.getLogger("trimtab")
+        level = logger.level
+        if self.sizes:  # attached anew in every round: what there is to say was said the first time
+            logger.setLevel(logging.ERROR)
+        try:
+            self.handle = attach(self.model, self.settings)
+        finally:
+            logger.setLevel(level)
 
     def close(self) -> None:
         """Take trimtab off the model again."""

@@ -1,0 +1,237 @@
+"""The quickstart: make data, train three arms from one start, judge them on full images, and show what came out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trimtab.quickstart.arms import ARMS, Arm
+from trimtab.quickstart.task import Conversations, Progress, Task, make_start, open_start
+
+QUICKSTART_ARMS = ("full", "pruned", "dualspeed")
+PICTURES = 6
+
+
+def quickstart(
+    out: str | os.PathLike[str] = "quickstart-out",
+    seed: int = 0,
+    steps: int | None = None,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Train full, pruned-only and DualSpeed arms on scenes made on the spot, and write records, page and checkpoint.
+
+    Interrupted, it loses at most the steps since the last checkpoint; called again with the same settings it goes on,
+    and where it was finished it only prints.
+
+    Args:
+        out: Output directory: ``records/``, ``report.html``, ``checkpoint/`` (of the DualSpeed arm).
+        seed: Seed of data, first weights and schedules.
+        steps: Training steps per arm; None for the number that was chosen by calibration.
+        threads: CPU threads; None for all cores.
+
+    Returns:
+        The record, of kind "quickstart": per arm accuracy, training time and their ratios to the full arm.
+
+    Raises:
+        OutputError: The directory holds something else, or a run with other settings.
+    """
+    import torch
+    from trimtab.quickstart.tasks import scenes_task
+
+    from trimtab.files import prepare_output
+    from trimtab.report import render_report
+
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    task = scenes_task(seed=seed)
+    place = prepare_output(out, resume=True, settings={**task.settings(), "seed": seed, "steps": steps or task.steps})
+    root = place.path
+    with show_progress() as progress:
+        records = run_arms(task, [ARMS[name] for name in QUICKSTART_ARMS], seed, root, progress, steps=steps)
+        _write_pictures(task, root, seed)
+    summary = summarise(records)
+    record = _write_summary(task, summary, root, seed)
+    render_report(root / "records", root / "report.html", title="trimtab quickstart")
+    _keep_checkpoint(root)
+    place.finish()
+    print_summary(summary, root)
+    return record
+
+
+def run_arms(
+    task: Task,
+    arms: list[Arm],
+    seed: int,
+    root: Path,
+    progress: Progress,
+    *,
+    steps: int | None = None,
+    keep_models: bool = True,
+) -> list[dict[str, Any]]:
+    """Train and judge arms of one seed from one start; what was done before is only read.
+
+    Args:
+        task: The task.
+        arms: The arms, in order; one that is limited by another's time must come after it.
+        seed: The seed.
+        root: Output directory.
+        progress: Called with what is being done, how much is done and how much there is.
+        steps: Steps other than the task's.
+        keep_models: Whether to keep the final models.
+
+    Returns:
+        Their records.
+    """
+    from trimtab.quickstart.train_arm import train_arm
+    from trimtab.records import make_record, write_record
+
+    start = root / "start"
+    make_start(task, seed, start, progress)
+    write_record(root / "records" / "dataset.json", make_record("dataset", task.settings(), _floor(task)))
+    prepared: list[Conversations] = []
+
+    def data() -> Conversations:
+        if not prepared:
+            _, processor = open_start(start)
+            prepared.append(Conversations(task.train, processor, task.turns, lambda d, n: progress("tokens", d, n)))
+        return prepared[0]
+
+    records: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        records[arm.name] = train_arm(
+            task,
+            arm,
+            seed,
+            start=start,
+            folder=root / "arms" / arm.name,
+            record_path=root / "records" / f"{arm.name}.json",
+            data=data,
+            progress=progress,
+            steps=equal_time_steps(records, arm) or steps,
+            keep_model=keep_models,
+        )
+    return list(records.values())
+
+
+def equal_time_steps(records: dict[str, dict[str, Any]], arm: Arm) -> int | None:
+    """Return how many full steps fit into the time of the arm that limits this one, or None where nothing does."""
+    if arm.time_of is None:
+        return None
+    full, limit = records["full"]["results"], records[arm.time_of]["results"]
+    return max(1, int(full["steps"] * limit["seconds_train"] / full["seconds_train"]))
+
+
+def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one line per arm: accuracy on full and pruned images, time, and both against the full arm."""
+    full = next(record["results"] for record in records if record["results"]["arm"] == "full")
+    lines = []
+    for record in records:
+        found = record["results"]
+        pruned = found["accuracy_pruned"]
+        lines.append(
+            {
+                "arm": found["arm"],
+                "accuracy": found["accuracy_full"]["accuracy"],
+                "accuracy_of_full": found["accuracy_full"]["accuracy"] / max(full["accuracy_full"]["accuracy"], 1e-9),
+                "accuracy_pruned": None if pruned is None else pruned["accuracy"],
+                "seconds": found["seconds_train"],
+                "time_of_full": found["seconds_train"] / full["seconds_train"],
+                "samples": found["samples"],
+            }
+        )
+    return lines
+
+
+def print_summary(summary: list[dict[str, Any]], root: Path) -> None:
+    """Print the table of a finished quickstart and where everything is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Trained from one start on equally many samples; judged on all visual tokens")
+    for title in ("arm", "accuracy", "of full", "pruned images", "training", "time of full"):
+        table.add_column(title, justify="left" if title == "arm" else "right")
+    for line in summary:
+        pruned = "" if line["accuracy_pruned"] is None else f"{line['accuracy_pruned']:.3f}"
+        table.add_row(
+            line["arm"],
+            f"{line['accuracy']:.3f}",
+            f"{line['accuracy_of_full']:.3f}",
+            pruned,
+            f"{line['seconds']:.0f} s",
+            f"{line['time_of_full']:.2f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"Page: {root / 'report.html'}   Records: {root / 'records'}   Checkpoint: {root / 'checkpoint'}")
+
+
+@contextmanager
+def show_progress() -> Iterator[Progress]:
+    """Show one bar per piece of work on the terminal (nothing moves where output is no terminal)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:>18}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=console) as bars:
+        known: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in known or (bars.tasks[known[what]].finished and done < total):
+                known[what] = bars.add_task(what, total=total)
+            bars.update(known[what], completed=done, total=total)
+            if not console.is_terminal and done == total:
+                console.print(f"{what}: {total} done")
+
+        yield report
+
+
+def _floor(task: Task) -> dict[str, Any]:
+    return {
+        "dataset": task.name,
+        "majority": task.majority,
+        "language_only": task.language_only,
+        "rows": len(task.test),
+    }
+
+
+def _write_pictures(task: Task, root: Path, seed: int) -> None:
+    """Draw what the fast mode keeps of a few test images."""
+    from trimtab.dualspeed import DualSpeedConfig, attach
+    from trimtab.records import make_record, write_record
+    from trimtab.report import draw_kept, picture_entry
+
+    path = root / "records" / "pictures.json"
+    if path.exists():
+        return
+    model, processor = open_start(root / "arms" / "dualspeed" / "model")
+    handle = attach(model, DualSpeedConfig(**{**task.dualspeed, "seed": seed}))
+    side = task.sizes.image_size // task.sizes.patch_size
+    entries = []
+    for row in (task.test[number] for number in range(min(PICTURES, len(task.test)))):
+        batch = processor(images=[row["image"]], text="<image>", return_tensors="pt")
+        kept = handle.chosen_tokens(batch)[0]
+        caption = f"{row['questions'][0]} {row['answers'][0]} ({len(kept)} of {side * side} tokens kept)"
+        entries.append(picture_entry(draw_kept(row["image"], kept.tolist(), (side, side)), caption))
+    handle.detach()
+    write_record(path, make_record("pictures", {"dualspeed": task.dualspeed}, {"pictures": entries}, seed=seed))
+
+
+def _write_summary(task: Task, summary: list[dict[str, Any]], root: Path, seed: int) -> dict[str, Any]:
+    from trimtab.records import make_record, write_record
+
+    record = make_record("quickstart", task.settings(), {"dataset": task.name, "arms": summary}, seed=seed)
+    write_record(root / "quickstart.json", record)
+    return record
+
+
+def _keep_checkpoint(root: Path) -> None:
+    """Export the DualSpeed arm's checkpoint, checked against the stock loader."""
+    from trimtab.run.export import export
+
+    target = root / "checkpoint"
+    if not target.exists():
+        export(root / "arms" / "dualspeed" / "model", target)

@@ -1,0 +1,240 @@
+"""Train one arm from the common start, judge it on all visual tokens, and write its record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from trimtab.dualspeed import attach, with_dualspeed
+from trimtab.evaluate import exact_match
+from trimtab.files import JsonLines, read_json_lines
+from trimtab.quickstart.arms import Arm
+from trimtab.quickstart.task import Conversations, PadConversations, Progress, Task, clear_folder, open_start
+from trimtab.records import make_record, read_record, write_record
+
+STEP_LOG = "steps.jsonl"
+
+
+def train_arm(
+    task: Task,
+    arm: Arm,
+    seed: int,
+    *,
+    start: Path,
+    folder: Path,
+    record_path: Path,
+    data: Callable[[], Conversations],
+    progress: Progress,
+    steps: int | None = None,
+    save_every: int = 50,
+    keep_model: bool = True,
+) -> dict[str, Any]:
+    """Train and judge one arm, or return its record where that was done before.
+
+    An interrupted call is continued from its last checkpoint; steps of the log after that checkpoint are dropped.
+
+    Args:
+        task: The task.
+        arm: The arm.
+        seed: Seed of the order of the data, of the schedule and of the isolator.
+        start: Folder of `make_start`.
+        folder: Where checkpoints and the final model go.
+        record_path: Where the record goes.
+        data: Returns the tokenised training data; called only where training is to be done.
+        progress: Called with what is being done, how much is done and how much there is.
+        steps: Steps other than the task's.
+        save_every: Steps between checkpoints.
+        keep_model: Whether to keep the final model.
+
+    Returns:
+        The record, of kind "arm".
+    """
+    if record_path.exists():
+        return read_record(record_path)
+    steps = steps or task.steps
+    began = time.perf_counter()
+    trainer = _make_trainer(task, arm, seed, start, folder, steps, save_every, data(), progress)
+    last = any(folder.glob("checkpoint-*"))
+    _forget_steps(folder, last)
+    trainer.train(resume_from_checkpoint=True if last else None)
+    trainer.save_model(str(folder / "model"))
+    log = read_json_lines(folder / STEP_LOG)
+    seconds = sum(entry["seconds"] for entry in log)
+    config = arm.config(seed, **task.dualspeed)
+    results = {
+        "arm": arm.name,
+        "dataset": task.name,
+        "steps": steps,
+        "samples": steps * task.batch_size,
+        "seconds_train": seconds,
+        "log": log,
+        **judge_arm(task, trainer, folder, progress),
+    }
+    settings = {**task.settings(), "dualspeed": config.to_dict() if config else None, "arm": arm.name, "steps": steps}
+    record = make_record("arm", settings, results, seed=seed, seconds=time.perf_counter() - began)
+    write_record(record_path, record)
+    for checkpoint in folder.glob("checkpoint-*"):
+        clear_folder(checkpoint)
+    if not keep_model:
+        clear_folder(folder)
+    return record
+
+
+def judge_arm(task: Task, trainer: Any, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Ask all test questions: with all visual tokens, as a user of the checkpoint would, and with pruned ones.
+
+    Returns:
+        ``accuracy_full`` and ``accuracy_pruned`` (None for an arm that never saw pruned tokens).
+    """
+    model, processor = open_start(folder / "model")
+    common: dict[str, Any] = {"batch_size": 64, "max_new_tokens": 2, "wrong_examples": 8}
+    full = exact_match(model, processor, task.test, progress=lambda d, n: progress("answers", d, n), **common)
+    pruned = None
+    if trainer.dualspeed is not None:
+        config = trainer.dualspeed.config
+        handle = attach(model, config)
+        if handle.isolator is not None:
+            handle.isolator.load(folder / "model")
+        pruned = exact_match(
+            model,
+            processor,
+            task.test,
+            prepare=handle.prune_inputs,
+            progress=lambda d, n: progress("answers, pruned", d, n),
+            **common,
+        )
+        handle.detach()
+    return {"accuracy_full": full, "accuracy_pruned": pruned}
+
+
+def _make_trainer(
+    task: Task,
+    arm: Arm,
+    seed: int,
+    start: Path,
+    folder: Path,
+    steps: int,
+    save_every: int,
+    data: Conversations,
+    progress: Progress,
+) -> Any:
+    model, processor = open_start(start)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=task.batch_size,
+        learning_rate=task.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 10),
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        logging_strategy="no",
+        save_strategy="steps",
+        save_steps=save_every,
+        save_total_limit=1,
+        seed=seed,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+    )
+    log = StepLog(folder / STEP_LOG, arm.name, progress)
+    trainer = with_dualspeed(_Measured)(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        data_collator=PadConversations(processor.tokenizer.pad_token_id),
+        processing_class=processor,
+        callbacks=[log],
+        dualspeed=arm.config(seed, **task.dualspeed),
+    )
+    trainer.remove_callback(PrinterCallback)
+    log.trainer = trainer
+    return trainer
+
+
+class _Measured(Trainer):  # type: ignore[misc]
+    """A Trainer that keeps the loss of its last forward call."""
+
+    last_loss: Any = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.last_loss = super().training_step(*args, **kwargs)
+        return self.last_loss
+
+
+class StepLog(TrainerCallback):  # type: ignore[misc]
+    """Writes one line per step: mode, losses, visual tokens and seconds.
+
+    The seconds span everything between two ends of a step, data included, without the writing of checkpoints.
+
+    Args:
+        path: The file of lines.
+        arm: Name of the arm, for the progress.
+        progress: Called with the arm, the step and the number of steps.
+    """
+
+    def __init__(self, path: Path, arm: str, progress: Progress) -> None:
+        self.path, self.arm, self.progress = path, arm, progress
+        self.trainer: Any = None
+        self.lines: JsonLines | None = None
+        self.mark = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the file and start the clock."""
+        self.lines = JsonLines(self.path)
+        self.mark = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the line of a step."""
+        assert self.lines is not None and self.trainer is not None  # noqa: PT018, set before any step
+        seconds = time.perf_counter() - self.mark
+        entry = {"step": state.global_step, "seconds": round(seconds, 5), **self._losses()}
+        self.lines.append(entry)
+        self.progress(self.arm, state.global_step, state.max_steps)
+        self.mark = time.perf_counter()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the writing of a checkpoint out of the next step's seconds."""
+        self.mark = time.perf_counter()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the file."""
+        if self.lines is not None:
+            self.lines.close()
+
+    def _losses(self) -> dict[str, Any]:
+        loss = round(self.trainer.last_loss.item(), 5)
+        if self.trainer.dualspeed is None:
+            return {"mode": "full", "loss": loss, "ce": loss}
+        found = self.trainer.dualspeed.metrics()
+        kl = found["kl"] if found["mode"] == "slow" else None
+        names = ("visual_tokens_full", "visual_tokens_kept")
+        return {
+            "mode": found["mode"],
+            "loss": loss,
+            "ce": round(found["ce"], 5),
+            "kl": kl,
+            **{n: found[n] for n in names},
+        }
+
+
+def _forget_steps(folder: Path, resumes: bool) -> None:
+    """Drop the lines of steps that a resumed run takes again."""
+    path = folder / STEP_LOG
+    if not path.exists():
+        return
+    reached = 0
+    if resumes:
+        reached = max(int(one.name.rsplit("-", 1)[1]) for one in folder.glob("checkpoint-*"))
+    kept = [entry for entry in read_json_lines(path) if entry["step"] <= reached]
+    path.unlink()
+    lines = JsonLines(path)
+    for entry in kept:
+        lines.append(entry)
+    lines.close()
