@@ -52,6 +52,7 @@ def _tiny_nlvr(folder):
             "identifier": ["1-0"] * 2,
             "permutation": [1, 0],
             "png": [other, buffer.getvalue()],
+            "objects": ["[[], [], []]", '[[], [], [["black", "circle", 30, 1, 2]]]'],
         },
     )
     asked = [
@@ -100,7 +101,7 @@ def test_slices_and_pickles_keep_rows(tmp_path):
 def test_question_about_an_absent_image_is_named(tmp_path):
     _tiny_nlvr(tmp_path)
     png = _png((400, 100), "red")
-    columns = {"split": ["train"], "identifier": ["9-9"], "permutation": [0], "png": [png]}
+    columns = {"split": ["train"], "identifier": ["9-9"], "permutation": [0], "png": [png], "objects": ["[[], [], []]"]}
     _write(tmp_path / "images_train.parquet", columns)
     with pytest.raises(DataError, match=r"asks about image '1-0'"):
         nlvr_one_box_rows(tmp_path, "train")

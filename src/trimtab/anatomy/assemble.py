@@ -260,9 +260,9 @@ def _shorten(
     return short
 
 
-def _positions(host: Host, batch: Mapping[str, Any], layout: RowLayout) -> Int[Tensor, "axis row seq"] | None:
+def _positions(host: Host, batch: Mapping[str, Any], layout: RowLayout) -> Int[Tensor, "axis row seq"]:
     """Positions of the full sequence, [axis, row, seq]."""
-    given = batch.get("position_ids")
+    given: Tensor | None = batch.get("position_ids")
     if given is not None:
         full = given if given.dim() == 3 else given[None]
         return full.expand(full.shape[0], *layout.real.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any
@@ -147,13 +147,13 @@ def _tiles(host: Host, blocks: list[Tensor]) -> list[list[int]]:
 def _filler(host: Host, arguments: dict[str, Any], count: int) -> list[tuple[Tensor, int] | None]:
     if host.family.tiles != "packed":
         return [None] * count
-    marks = _pack(host, arguments, lambda tiles, patches: torch.ones(tiles, patches, 1), newline=0.0)
+    marks = _pack(host, arguments, None, newline=0.0)
     device = arguments["pixel_values"].device
     return [((mark[:, 0] == 0).to(device), int((mark == 0).sum())) for mark in marks]
 
 
-def _pack(host: Host, arguments: dict[str, Any], values: Callable[[int, int], Tensor], newline: float) -> list[Tensor]:
-    """Let the model lay out [tile, patch, channel] values as it lays out its features."""
+def _pack(host: Host, arguments: dict[str, Any], values: Tensor | None, newline: float) -> list[Tensor]:
+    """Let the model lay out [tile, patch, channel] values (None for ones on the CPU) as it lays out its features."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
     config = host.model.config
@@ -163,7 +163,7 @@ def _pack(host: Host, arguments: dict[str, Any], values: Callable[[int, int], Te
         image_size_to_num_patches(image_size=one, grid_pinpoints=config.image_grid_pinpoints, patch_size=size)
         for one in arguments["image_sizes"]
     ]
-    tiles = values(sum(counts), patches)
+    tiles = torch.ones(sum(counts), patches, 1) if values is None else values
     packed, _ = host.base.pack_image_features(
         torch.split(tiles, counts, dim=0),
         arguments["image_sizes"],
@@ -180,9 +180,6 @@ def _per_block(host: Host, arguments: dict[str, Any], observed: Observed | None)
     blocks: dict[str, list[Tensor]] = {}
     for name, values in observed.items():
         wide = values.unsqueeze(-1) if values.dim() == 2 else values
-        if host.family.tiles == "packed":
-            found = _pack(host, arguments, lambda tiles, patches, wide=wide: wide, newline=0.0)
-        else:
-            found = list(wide)
+        found = _pack(host, arguments, wide, newline=0.0) if host.family.tiles == "packed" else list(wide)
         blocks[name] = [one[:, 0] for one in found] if values.dim() == 2 else found
     return blocks

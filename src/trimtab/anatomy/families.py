@@ -109,7 +109,7 @@ class Host:
         Returns:
             [label, vocab].
         """
-        scores = self.model.get_output_embeddings()(states)
+        scores: torch.Tensor = self.model.get_output_embeddings()(states)
         text = self.model.config.get_text_config()
         if (divisor := getattr(text, "logits_scaling", None)) is not None:
             scores = scores / divisor

@@ -161,9 +161,9 @@ def _loop(pruner: Pruner, singles: list[PrunerInput], num_keep: int) -> list[Sel
 
 def _single(inputs: PrunerInput, image: int) -> PrunerInput:
     tensors = {f.name: getattr(inputs, f.name) for f in fields(inputs) if f.name not in ("grid", "draw")}
-    *names, first = inputs.draw
+    seed, step, first = inputs.draw
     cut = {name: value[image : image + 1] for name, value in tensors.items() if value is not None}
-    return replace(inputs, **cut, draw=(*names, first + image))
+    return replace(inputs, **cut, draw=(seed, step, first + image))
 
 
 def _in_turns(

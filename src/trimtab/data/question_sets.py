@@ -14,6 +14,7 @@ Both are expected as parquet files in a folder that the caller names; nothing is
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,12 +42,14 @@ class _Entry:
     questions: tuple[str, ...]
     answers: tuple[str, ...]
     families: tuple[str, ...]
+    objects: str | None = None
 
 
 class QuestionRows(Sequence[dict[str, Any]]):
     """Rows of one image with several questions; the image is decoded when its row is asked for.
 
-    Indexing gives ``{"image", "questions", "answers", "families"}``; a slice gives another `QuestionRows`.
+    Indexing gives ``{"image", "questions", "answers", "families"}``, and ``objects`` where the set lists what its
+    images show; a slice gives another `QuestionRows`.
     """
 
     def __init__(self, entries: Sequence[_Entry]):
@@ -65,7 +68,8 @@ class QuestionRows(Sequence[dict[str, Any]]):
         entry = self._entries[index]
         with Image.open(io.BytesIO(entry.png)) as opened:
             image = opened.convert("RGB")
-        return {"image": image.crop(entry.crop) if entry.crop else image, **_texts(entry)}
+        row = {"image": image.crop(entry.crop) if entry.crop else image, **_texts(entry)}
+        return row if entry.objects is None else {**row, "objects": json.loads(entry.objects)}
 
     def texts(self) -> Iterator[dict[str, list[str]]]:
         """Yield every row without its image, so that nothing is decoded."""
@@ -125,7 +129,8 @@ def nlvr_one_box_rows(folder: str | Path, split: str) -> QuestionRows:
 
     Returns:
         Rows in the order of the question file, boxes left to right; ``families`` is the kind of each question,
-        for example ``"count"`` or ``"touch"``.
+        for example ``"count"`` or ``"touch"``, and ``objects`` lists ``[colour, shape, size, x, y]`` of what the box
+        holds, in pixels from its top left corner.
 
     Raises:
         SettingError: Unknown split.
@@ -150,17 +155,22 @@ def nlvr_one_box_rows(folder: str | Path, split: str) -> QuestionRows:
         )
     return QuestionRows(
         [
-            _entry(pictures[key], (BOX_STEP * box, 0, BOX_STEP * box + BOX_SIDE, BOX_SIDE), by_box[box])
+            _entry(
+                pictures[key][0],
+                (BOX_STEP * box, 0, BOX_STEP * box + BOX_SIDE, BOX_SIDE),
+                by_box[box],
+                json.dumps(json.loads(pictures[key][1])[box]),
+            )
             for key, by_box in boxes.items()
             for box in sorted(by_box)
         ]
     )
 
 
-def _nlvr_pictures(folder: str | Path, name: str) -> dict[tuple[str, str], bytes]:
-    """The image bytes of permutation 0, by split and identifier; the other permutations only reorder the boxes."""
-    columns = _columns(folder, name, ("split", "identifier", "permutation", "png"))
-    return {(part, key): png for part, key, order, png in zip(*columns, strict=True) if order == 0}
+def _nlvr_pictures(folder: str | Path, name: str) -> dict[tuple[str, str], tuple[bytes, str]]:
+    """Image bytes and object lists by split and identifier; permutations other than 0 only reorder the boxes."""
+    columns = _columns(folder, name, ("split", "identifier", "permutation", "png", "objects"))
+    return {(part, key): (png, shown) for part, key, order, png, shown in zip(*columns, strict=True) if order == 0}
 
 
 def _without_box_word(question: str) -> tuple[int, str]:
@@ -170,9 +180,14 @@ def _without_box_word(question: str) -> tuple[int, str]:
     return BOX_PLACES.index(found.group(1)), question[: found.start()] + question[found.end() :]
 
 
-def _entry(png: bytes, crop: tuple[int, int, int, int] | None, asked: Sequence[tuple[str, str, str]]) -> _Entry:
+def _entry(
+    png: bytes,
+    crop: tuple[int, int, int, int] | None,
+    asked: Sequence[tuple[str, str, str]],
+    objects: str | None = None,
+) -> _Entry:
     questions, answers, families = zip(*asked, strict=True) if asked else ((), (), ())
-    return _Entry(png, crop, tuple(questions), tuple(answers), tuple(families))
+    return _Entry(png, crop, tuple(questions), tuple(answers), tuple(families), objects)
 
 
 def _columns(folder: str | Path, name: str, wanted: Sequence[str]) -> list[list[Any]]:

@@ -1,22 +1,23 @@
 """Scenes: coloured handwritten digits on a canvas, with questions that need to see.
 
 The pen strokes are the 1,797 real digits of `sklearn.datasets.load_digits` (8x8 pixels, scaled up); everything else
-is drawn with a seed. A scene holds a few large coloured digits, each in a quadrant of its own, over a soft grey ground
+is drawn with a seed. A scene holds one or two coloured digits, each in a quadrant of its own, over a soft grey ground
 with grey pieces of strokes that no question asks about. Row `index` of a split is a pure function of the settings, the
 seed, the split and the index; the two splits share no pen stroke.
 
-========= ================================================ ==========================
-family    question                                         answer (chance)
-========= ================================================ ==========================
-digit     Which digit is red?                              zero .. nine (1/10)
-colour    What colour is the seven?                        one of the colours (1/6)
-where     Where is the red digit?                          upper-left .. (1/4)
-compare   Which is larger, the red or the blue digit?      one of the two (1/2)
-========= ================================================ ==========================
+========= ================================================ ========== ==========================
+family    question                                         digits     answer (chance)
+========= ================================================ ========== ==========================
+digit     Which digit is shown?                            one        zero .. nine (1/10)
+colour    What colour is the digit?                        one        one of the colours (1/6)
+where     Where is the digit?                              one        upper-left .. (1/4)
+either    Is it a three or a seven?                        one        one of the two (1/2)
+compare   Which is higher, the red or the blue digit?      two        one of the two (1/2)
+========= ================================================ ========== ==========================
 
-``compare`` also asks which is further left and which is higher. Given the words of a question every possible answer is
-equally likely, so a model that does not look stays at chance. Within one conversation earlier turns may rule out an
-answer (two digits never share a colour), so a test of sight asks every question on its own.
+``compare`` also asks which is further left. Given the words of a question every possible answer is equally likely, so a
+model that does not look stays at chance. Within one conversation earlier turns may rule out an answer ("a three or a
+seven" leaves two digits), so a test of sight asks every question on its own.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {  # of similar mean, so that a strok
     "cyan": (0, 160, 190),
 }
 QUADRANTS = ("upper-left", "upper-right", "lower-left", "lower-right")
-FAMILIES = ("digit", "colour", "where", "compare")
+FAMILIES = ("digit", "colour", "where", "either", "compare")
 SPLITS = ("train", "test")
 TEST_SHARE = 0.25
 """Share of the pen strokes of every digit that only the test split uses."""
@@ -59,33 +60,28 @@ class SceneSettings:
         canvas: Width and height of the image in pixels, a multiple of twice `cell`.
         cell: Width and height of a cell in pixels, at least 4. Digits lie on whole cells; with cells as large as the
             patches of a vision tower a digit cuts no patch, which a small tower learns many times faster.
-        digits: Fewest and most coloured digits of a scene, within 2..4.
-        small: Cells that a small digit is wide and high, at least 1.
-        large: The same for a large digit, at least `small` and at most a quadrant. Where both are equal, no
-            question asks which is larger.
+        size: Cells that a digit is wide and high, at least 1 and at most a quadrant.
+        pairs: Share of scenes with two digits, in [0, 1]; the others have one.
         distractors: Grey pieces of strokes per scene, at least 0.
     """
 
     canvas: int = 128
     cell: int = 8
-    digits: tuple[int, int] = (3, 4)
-    small: int = 2
-    large: int = 2
+    size: int = 2
+    pairs: float = 0.25
     distractors: int = 4
 
     def __post_init__(self) -> None:
         """Check every field; see the class for the ranges."""
-        fewest, most = self.digits
         if self.cell < 4:
             raise setting_error("SceneSettings", "cell", "at least 4 pixels", self.cell)
         if self.canvas < 2 * self.cell or self.canvas % (2 * self.cell):
             raise setting_error("SceneSettings", "canvas", f"a multiple of twice cell={self.cell}", self.canvas)
-        if not 2 <= fewest <= most <= 4:
-            raise setting_error("SceneSettings", "digits", "(fewest, most) with 2 <= fewest <= most <= 4", self.digits)
         most_cells = self.canvas // (2 * self.cell)
-        if not 1 <= self.small <= self.large <= most_cells:
-            allowed = f"cells with 1 <= small <= large <= {most_cells}, a quadrant"
-            raise setting_error("SceneSettings", "small, large", allowed, (self.small, self.large))
+        if not 1 <= self.size <= most_cells:
+            raise setting_error("SceneSettings", "size", f"in 1..{most_cells} cells, a quadrant", self.size)
+        if not 0 <= self.pairs <= 1:
+            raise setting_error("SceneSettings", "pairs", "a share in [0, 1]", self.pairs)
         if self.distractors < 0:
             raise setting_error("SceneSettings", "distractors", "at least 0", self.distractors)
 
@@ -94,10 +90,10 @@ class Scenes(Sequence[Row]):
     """The scenes of one split, drawn when they are read; see `make_scenes`."""
 
     def __init__(self, split: str, count: int, seed: int, questions: int, settings: SceneSettings) -> None:
-        self.split, self.count, self.seed, self.questions, self.settings = split, count, seed, questions, settings
+        self.split, self.length, self.seed, self.questions, self.settings = split, count, seed, questions, settings
 
     def __len__(self) -> int:
-        return self.count
+        return self.length
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -107,20 +103,20 @@ class Scenes(Sequence[Row]):
 
     def __getitem__(self, index: int | slice) -> Row | list[Row]:
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(self.count))]
-        if not -self.count <= index < self.count:
-            raise IndexError(f"Scene {index} of {self.count}.")
-        rng, texts, objects = self._draw(index % self.count)
+            return [self[place] for place in range(*index.indices(self.length))]
+        if not -self.length <= index < self.length:
+            raise IndexError(f"Scene {index} of {self.length}.")
+        rng, texts, objects = self._draw(index % self.length)
         return {"image": _paint(rng, objects, self.split, self.settings), **texts, "objects": objects}
 
     def texts(self) -> Iterator[Row]:
         """Yield the questions, answers and families of every row without painting its image."""
-        return (self._draw(index)[1] for index in range(self.count))
+        return (self._draw(index)[1] for index in range(self.length))
 
     def _draw(self, index: int) -> tuple[np.random.Generator, Row, Objects]:
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         objects = _draw_objects(rng, self.split, self.settings)
-        return rng, _ask(rng, objects, self.questions, self.settings.small < self.settings.large), objects
+        return rng, _ask(rng, objects, self.questions), objects
 
 
 def make_scenes(
@@ -132,14 +128,15 @@ def make_scenes(
         split: ``"train"`` or ``"test"``; they share no pen stroke.
         count: Number of scenes, at least 1.
         seed: Seed of everything that is drawn, at least 0.
-        questions: Questions per scene, 1..4, each of another family.
+        questions: Questions per scene, 1..4. With one digit each is of another family; with two there are at most
+            two, one about height and one about side.
         settings: What a scene looks like; None for the defaults.
 
     Returns:
         A sequence of rows: ``image`` (RGB, `canvas` pixels square), ``questions``, ``answers`` (one word each) and
-        ``families`` of equal length, and ``objects``: per coloured digit ``digit``, ``colour``, ``size`` (``"small"``
-        or ``"large"``), ``quadrant``, ``stroke`` (number of the pen stroke in `load_digits`) and ``box`` (left, top,
-        right, bottom of its ink in pixels).
+        ``families`` of equal length, and ``objects``: per coloured digit ``digit``, ``colour``, ``quadrant``,
+        ``stroke`` (number of the pen stroke in `load_digits`) and ``box`` (left, top, right, bottom of its cells in
+        pixels).
 
     Raises:
         SettingError: A value outside its range.
@@ -150,8 +147,8 @@ def make_scenes(
         raise setting_error("make_scenes", "count", "at least 1", count)
     if seed < 0:
         raise setting_error("make_scenes", "seed", "at least 0", seed)
-    if not 1 <= questions <= len(FAMILIES):
-        raise setting_error("make_scenes", "questions", f"in 1..{len(FAMILIES)}", questions)
+    if not 1 <= questions <= len(FAMILIES) - 1:
+        raise setting_error("make_scenes", "questions", f"in 1..{len(FAMILIES) - 1}", questions)
     return Scenes(split, count, seed, questions, settings or SceneSettings())
 
 
@@ -178,20 +175,20 @@ def conversation(row: Mapping[str, Any], turns: Sequence[int] | None = None) -> 
 
 def vocabulary() -> list[str]:
     """Return every word and mark that a question or an answer of a scene can hold, in lower case and sorted."""
-    words = " ".join((*_TEMPLATES.values(), *(template for template, _ in _COMPARISONS.values())))
-    plain = words.format(colour="", digit="", first="", second="").lower().replace("?", " ? ").replace(",", " , ")
+    words = " ".join((*_TEMPLATES.values(), *_COMPARISONS.values()))
+    plain = words.format(first="", second="").lower().replace("?", " ? ").replace(",", " , ")
     return sorted({*plain.split(), *DIGITS, *COLOURS, *QUADRANTS})
 
 
 _TEMPLATES = {
-    "digit": "Which digit is {colour}?",
-    "colour": "What colour is the {digit}?",
-    "where": "Where is the {colour} digit?",
+    "digit": "Which digit is shown?",
+    "colour": "What colour is the digit?",
+    "where": "Where is the digit?",
+    "either": "Is it a {first} or a {second}?",
 }
-_COMPARISONS = {  # what the question says, and of what the answer has less
-    "larger": ("Which is larger, the {first} or the {second} digit?", lambda o: o["size"] == "small"),
-    "left": ("Which is further left, the {first} or the {second} digit?", lambda o: o["quadrant"].endswith("right")),
-    "higher": ("Which is higher, the {first} or the {second} digit?", lambda o: o["quadrant"].startswith("lower")),
+_COMPARISONS = {
+    "upper": "Which is higher, the {first} or the {second} digit?",
+    "left": "Which is further left, the {first} or the {second} digit?",
 }
 # Pushes the greys of a scaled stroke towards ink or paper: blown-up 8x8 pixels would have no edge.
 _SHARPEN = [min(255, max(0, round((grey - 70) * 2.2))) for grey in range(256)]
@@ -213,17 +210,16 @@ def _strokes(split: str) -> tuple[NDArray[np.float32], list[NDArray[np.int64]]]:
 
 
 def _draw_objects(rng: np.random.Generator, split: str, settings: SceneSettings) -> Objects:
-    count = int(rng.integers(settings.digits[0], settings.digits[1] + 1))
+    count = 2 if rng.random() < settings.pairs else 1
     digits = rng.choice(10, count, replace=False)
     colours = rng.choice(list(COLOURS), count, replace=False)
-    quadrants = rng.choice(4, count, replace=False)
-    # At least one small and one large digit, so that there is always a pair to compare.
-    sizes = rng.permutation(["small", "large", *rng.choice(["small", "large"], count - 2)])
+    first = int(rng.integers(4))
+    # Opposite corners, so that one of two digits is higher and one further left; which one is open.
+    quadrants = (first, 3 - first)
     return [
         {
             "digit": DIGITS[digits[i]],
             "colour": str(colours[i]),
-            "size": str(sizes[i]),
             "quadrant": QUADRANTS[quadrants[i]],
             "stroke": int(rng.choice(_strokes(split)[1][digits[i]])),
         }
@@ -258,7 +254,7 @@ def _paint(rng: np.random.Generator, objects: Objects, split: str, settings: Sce
         image.paste((shade, shade, shade), place, piece)
     half = canvas // (2 * cell)
     for entry in objects:
-        cells = settings.small if entry["size"] == "small" else settings.large
+        cells = settings.size
         quadrant = QUADRANTS.index(entry["quadrant"])
         left = cell * (half * (quadrant % 2) + int(rng.integers(0, half - cells + 1)))
         top = cell * (half * (quadrant // 2) + int(rng.integers(0, half - cells + 1)))
@@ -270,36 +266,31 @@ def _paint(rng: np.random.Generator, objects: Objects, split: str, settings: Sce
     return image
 
 
-def _comparison(rng: np.random.Generator, objects: Objects, placed: int | None, sized: bool) -> tuple[str, str]:
-    """A question about two objects; `placed` is the one whose quadrant another question asks for."""
-    choices = []
-    for name, (_, lacks) in _COMPARISONS.items():
-        if name == "larger" and not sized:
-            continue
-        # Its quadrant would tell the answer to a question about its side.
-        usable = [o for i, o in enumerate(objects) if name == "larger" or i != placed]
-        choices += [(name, a, b) for a in usable for b in usable if not lacks(a) and lacks(b)]
-    kinds = sorted({name for name, _, _ in choices})
-    kind = kinds[int(rng.integers(len(kinds)))]
-    fitting = [(a, b) for name, a, b in choices if name == kind]
-    more, less = fitting[int(rng.integers(len(fitting)))]
-    first, second = (more, less) if rng.integers(2) else (less, more)
-    return _COMPARISONS[kind][0].format(first=first["colour"], second=second["colour"]), more["colour"]
+def _ask(rng: np.random.Generator, objects: Objects, questions: int) -> Row:
+    asked = _ask_one(rng, objects[0]) if len(objects) == 1 else _ask_two(rng, objects)
+    order = rng.permutation(len(asked))[:questions]
+    chosen = [asked[i] for i in order]
+    return {
+        "questions": [question for _, question, _ in chosen],
+        "answers": [answer for _, _, answer in chosen],
+        "families": [family for family, _, _ in chosen],
+    }
 
 
-def _ask(rng: np.random.Generator, objects: Objects, questions: int, sized: bool) -> Row:
-    families = [FAMILIES[i] for i in rng.permutation(len(FAMILIES))[:questions]]
-    # Two different objects: "which digit is red" and "what colour is the seven" must not answer one another.
-    named, coloured = rng.choice(len(objects), 2, replace=False)
-    placed = int(rng.integers(len(objects)))
-    targets = {"digit": (int(named), "digit"), "colour": (int(coloured), "colour"), "where": (placed, "quadrant")}
-    asked, answers = [], []
-    for family in families:
-        if family == "compare":
-            question, answer = _comparison(rng, objects, placed if "where" in families else None, sized)
-        else:
-            place, key = targets[family]
-            question, answer = _TEMPLATES[family].format(**objects[place]), objects[place][key]
-        asked.append(question)
-        answers.append(answer)
-    return {"questions": asked, "answers": answers, "families": families}
+def _ask_one(rng: np.random.Generator, shown: dict[str, Any]) -> list[tuple[str, str, str]]:
+    others = [digit for digit in DIGITS if digit != shown["digit"]]
+    first, second = rng.permutation([shown["digit"], str(rng.choice(others))])
+    answers = {"digit": "digit", "colour": "colour", "where": "quadrant", "either": "digit"}
+    return [
+        (family, template.format(first=first, second=second), shown[answers[family]])
+        for family, template in _TEMPLATES.items()
+    ]
+
+
+def _ask_two(rng: np.random.Generator, objects: Objects) -> list[tuple[str, str, str]]:
+    asked = []
+    for word, template in _COMPARISONS.items():
+        first, second = (objects[i] for i in rng.permutation(2))
+        more = next(entry for entry in objects if word in entry["quadrant"])
+        asked.append(("compare", template.format(first=first["colour"], second=second["colour"]), more["colour"]))
+    return asked

@@ -212,7 +212,8 @@ def build_model(sizes: SmallLlava, tokenizer: PreTrainedTokenizerFast, seed: int
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
-    return model.train()
+    model.train()
+    return model
 
 
 def _config(sizes: SmallLlava, tokenizer: PreTrainedTokenizerFast) -> Any:
@@ -244,17 +245,16 @@ def _config(sizes: SmallLlava, tokenizer: PreTrainedTokenizerFast) -> Any:
         tie_word_embeddings=True,
         **special,
     )
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        image_seq_length=sizes.visual_tokens,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=True,
-        initializer_range=sizes.init_scale,
+    whole: dict[str, Any] = {  # a dict, since the class does not declare every name that it takes
+        "image_token_id": tokenizer.convert_tokens_to_ids(IMAGE),
+        "image_seq_length": sizes.visual_tokens,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": True,
+        "initializer_range": sizes.init_scale,
         **special,
-    )
+    }
+    return LlavaConfig(vision_config=vision, text_config=text, **whole)
 
 
 def _place_patches(weight: torch.Tensor) -> torch.Tensor:

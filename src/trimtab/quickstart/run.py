@@ -39,9 +39,9 @@ def quickstart(
         OutputError: The directory holds something else, or a run with other settings.
     """
     import torch
-    from trimtab.quickstart.tasks import scenes_task
 
     from trimtab.files import prepare_output
+    from trimtab.quickstart.tasks import scenes_task
     from trimtab.report import render_report
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
@@ -69,6 +69,7 @@ def run_arms(
     *,
     steps: int | None = None,
     keep_models: bool = True,
+    records_folder: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Train and judge arms of one seed from one start; what was done before is only read.
 
@@ -80,6 +81,7 @@ def run_arms(
         progress: Called with what is being done, how much is done and how much there is.
         steps: Steps other than the task's.
         keep_models: Whether to keep the final models.
+        records_folder: Where records go; None for ``records/`` in the output directory.
 
     Returns:
         Their records.
@@ -89,7 +91,8 @@ def run_arms(
 
     start = root / "start"
     make_start(task, seed, start, progress)
-    write_record(root / "records" / "dataset.json", make_record("dataset", task.settings(), _floor(task)))
+    kept = records_folder or root / "records"
+    write_record(kept / "dataset.json", make_record("dataset", task.settings(), _floor(task)))
     prepared: list[Conversations] = []
 
     def data() -> Conversations:
@@ -106,7 +109,7 @@ def run_arms(
             seed,
             start=start,
             folder=root / "arms" / arm.name,
-            record_path=root / "records" / f"{arm.name}.json",
+            record_path=kept / f"{arm.name}.json",
             data=data,
             progress=progress,
             steps=equal_time_steps(records, arm) or steps,

@@ -139,8 +139,6 @@ def make_start(task: Task, seed: int, folder: Path, progress: Progress) -> None:
         folder: Where model and processor go.
         progress: Called with what is being done, how much is done and how much there is.
     """
-    import torch
-
     place = prepare_output(folder, resume=True, settings={**task.settings(), "seed": seed})
     if place.finished:
         return
@@ -149,9 +147,16 @@ def make_start(task: Task, seed: int, folder: Path, progress: Progress) -> None:
     side = task.sizes.image_size // task.sizes.patch_size
     rows = _shown(task, progress)
     labels = np.stack([task.patch_labels(row, side) for row in rows])
-    pixels = processor.image_processor([row["image"] for row in rows], return_tensors="pt")["pixel_values"]
+    # Where only some kinds of an image's objects are known, the others would be fitted as background.
+    known = (labels > 0).any(1)
+    whole = (known.all(-1) | ~known.any(-1)).tolist()
+    pixels = processor.image_processor(
+        [r["image"] for r, ok in zip(rows, whole, strict=True) if ok], return_tensors="pt"
+    )
     fit = TowerFit(**{**asdict(task.tower), "seed": seed})
-    fit_tower(model, torch.as_tensor(pixels), labels, fit, lambda step, _: progress("vision tower", step, fit.steps))
+    fit_tower(
+        model, pixels["pixel_values"], labels[whole], fit, lambda step, _: progress("vision tower", step, fit.steps)
+    )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     place.finish()

@@ -52,7 +52,8 @@ class TowerFit:
 def patch_features(model: LlavaForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
     """Run the vision tower and return the states that the projector will see, [image, token, channel]."""
     states = model.model.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
-    return states[model.config.vision_feature_layer][:, 1:]
+    seen: torch.Tensor = states[model.config.vision_feature_layer][:, 1:]
+    return seen
 
 
 def fit_tower(
@@ -112,29 +113,26 @@ def fit_tower(
 def _linear_head(width: int, classes: int, generator: torch.Generator) -> torch.nn.Sequential:
     import torch
 
-    head = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, classes))
+    with torch.random.fork_rng(devices=[]):
+        linear = torch.nn.Linear(width, classes)
     with torch.no_grad():
-        linear = head[1]
         linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * width**-0.5)
         linear.bias.zero_()
-    return head
+    return torch.nn.Sequential(torch.nn.LayerNorm(width), linear)
 
 
 def _patch_loss(logits: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy over kinds; patches with an object and patches without weigh the same in sum."""
+    import torch
     from torch.nn import functional
 
     shown = labels[..., 0] > 0
     weight = shown / shown.sum().clamp(min=1) + ~shown / (~shown).sum().clamp(min=1)
     per_kind = [
-        (
-            functional.cross_entropy(one.flatten(0, 1), labels[..., kind].flatten(), reduction="none")
-            * weight.flatten()
-        ).sum()
-        / 2
+        functional.cross_entropy(one.flatten(0, 1), labels[..., kind].flatten(), reduction="none")
         for kind, one in enumerate(logits)
     ]
-    return sum(per_kind) / len(per_kind)
+    return (torch.stack(per_kind).mean(0) * weight.flatten()).sum() / 2
 
 
 def _warm_cosine(step: int, steps: int) -> float:
