@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trimtab.data.scenes import COLOURS, DIGITS, SceneSettings, conversation, make_scenes, vocabulary
+from trimtab.data.scenes import COLOURS, DIGITS, QUADRANTS, SceneSettings, conversation, make_scenes, vocabulary
 from trimtab.errors import DataError, SettingError
 from trimtab.quickstart.model import (
     IMAGE,
@@ -205,12 +205,13 @@ def test_bad_sizes_are_named(sizes, words):
 
 def test_scene_labels_name_what_lies_under_a_patch():
     for row in make_scenes("train", 10, settings=SCENES):
-        labels = scene_labels(row, 8).reshape(8, 8, 2)
+        labels = scene_labels(row, 8).reshape(8, 8, 3)
         for entry in row["objects"]:
             left, top, _, _ = entry["box"]
             found = labels[top // 4, left // 4]
             assert DIGITS[found[0] - 1] == entry["digit"]
             assert list(COLOURS)[found[1] - 1] == entry["colour"]
+            assert QUADRANTS[found[2] - 1] == entry["quadrant"]
         assert (labels[..., 0] > 0).sum() == len(row["objects"])
 
 

@@ -107,20 +107,19 @@ class _DualSpeedMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         me: Any = self
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        if self.dualspeed is None or not _load_converted(me.model, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         if self.dualspeed is None:
             return
-        _load_converted(me.model, Path(resume_from_checkpoint))
         self.dualspeed.load_pretrained(Path(resume_from_checkpoint) / SIDE_FOLDER)
 
     def _load_best_model(self) -> None:
         me: Any = self
-        super()._load_best_model()  # type: ignore[misc]
-        if self.dualspeed is not None:
-            best = Path(me.state.best_model_checkpoint)
-            _load_converted(me.model, best)
-            if self.dualspeed.isolator is not None:
-                self.dualspeed.isolator.load(best / SIDE_FOLDER)
+        best = Path(me.state.best_model_checkpoint)
+        if self.dualspeed is None or not _load_converted(me.model, best):
+            super()._load_best_model()  # type: ignore[misc]
+        if self.dualspeed is not None and self.dualspeed.isolator is not None:
+            self.dualspeed.isolator.load(best / SIDE_FOLDER)
 
 
 def _read_config(dualspeed: DualSpeedConfig | Mapping[str, Any] | None) -> DualSpeedConfig | None:
@@ -140,15 +139,16 @@ def _refuse_arguments(args: Any) -> None:
             raise SettingError(f"{name}=True is not supported with DualSpeed yet. Set it to False.")
 
 
-def _load_converted(model: Any, folder: Path) -> None:
-    """Load the weights of a checkpoint under the names that the live model has.
+def _load_converted(model: Any, folder: Path) -> bool:
+    """Load the weights of a checkpoint under the names that the live model has, if it is a whole model on this rank.
 
     Some models (LLaVA among them) are saved under older names; transformers up to 5.23 converts these in
     ``from_pretrained`` but not where a Trainer resumes, which then goes on from the initial weights.
     """
     from transformers import PreTrainedModel
 
-    if not isinstance(model, PreTrainedModel) or not any(folder.glob("*.safetensors*")):
-        return
+    if not isinstance(model, PreTrainedModel) or not any(folder.glob("model*.safetensors*")):
+        return False
     stored = type(model).from_pretrained(folder, dtype=model.dtype)
     model.load_state_dict(stored.state_dict(), strict=False)
+    return True

@@ -42,12 +42,17 @@ def quickstart(
 
     from trimtab.files import prepare_output
     from trimtab.quickstart.tasks import scenes_task
+    from trimtab.records import read_record
     from trimtab.report import render_report
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
     task = scenes_task(seed=seed)
     place = prepare_output(out, resume=True, settings={**task.settings(), "seed": seed, "steps": steps or task.steps})
     root = place.path
+    if place.finished:
+        record = read_record(root / "quickstart.json")
+        print_summary(record["results"]["arms"], root)
+        return record
     with show_progress() as progress:
         records = run_arms(task, [ARMS[name] for name in QUICKSTART_ARMS], seed, root, progress, steps=steps)
         _write_pictures(task, root, seed)
@@ -70,6 +75,7 @@ def run_arms(
     steps: int | None = None,
     keep_models: bool = True,
     records_folder: Path | None = None,
+    save_every: int = 50,
 ) -> list[dict[str, Any]]:
     """Train and judge arms of one seed from one start; what was done before is only read.
 
@@ -82,6 +88,7 @@ def run_arms(
         steps: Steps other than the task's.
         keep_models: Whether to keep the final models.
         records_folder: Where records go; None for ``records/`` in the output directory.
+        save_every: Steps between checkpoints.
 
     Returns:
         Their records.
@@ -114,6 +121,7 @@ def run_arms(
             progress=progress,
             steps=equal_time_steps(records, arm) or steps,
             keep_model=keep_models,
+            save_every=save_every,
         )
     return list(records.values())
 

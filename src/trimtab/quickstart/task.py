@@ -149,7 +149,7 @@ def make_start(task: Task, seed: int, folder: Path, progress: Progress) -> None:
     labels = np.stack([task.patch_labels(row, side) for row in rows])
     # Where only some kinds of an image's objects are known, the others would be fitted as background.
     known = (labels > 0).any(1)
-    whole = (known.all(-1) | ~known.any(-1)).tolist()
+    whole = np.asarray(known.all(-1) | ~known.any(-1))
     pixels = processor.image_processor(
         [r["image"] for r, ok in zip(rows, whole, strict=True) if ok], return_tensors="pt"
     )
@@ -165,7 +165,9 @@ def make_start(task: Task, seed: int, folder: Path, progress: Progress) -> None:
 def open_start(folder: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load what `make_start` saved, with the stock classes; the vision tower is frozen."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of loading a few megabytes, over and over
     model = LlavaForConditionalGeneration.from_pretrained(folder)
     model.model.vision_tower.requires_grad_(False)
     return model.train(), cast("LlavaProcessor", AutoProcessor.from_pretrained(folder))

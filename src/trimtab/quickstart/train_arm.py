@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from trimtab.dualspeed import attach, with_dualspeed
+from trimtab.errors import TrimtabWarning
 from trimtab.evaluate import exact_match
 from trimtab.files import JsonLines, read_json_lines
 from trimtab.quickstart.arms import Arm
@@ -60,7 +64,8 @@ def train_arm(
     trainer = _make_trainer(task, arm, seed, start, folder, steps, save_every, data(), progress)
     last = any(folder.glob("checkpoint-*"))
     _forget_steps(folder, last)
-    trainer.train(resume_from_checkpoint=True if last else None)
+    with JsonLines(folder / STEP_LOG) as trainer.log_lines:
+        trainer.train(resume_from_checkpoint=True if last else None)
     trainer.save_model(str(folder / "model"))
     log = read_json_lines(folder / STEP_LOG)
     seconds = sum(entry["seconds"] for entry in log)
@@ -78,7 +83,7 @@ def train_arm(
     record = make_record("arm", settings, results, seed=seed, seconds=time.perf_counter() - began)
     write_record(record_path, record)
     for checkpoint in folder.glob("checkpoint-*"):
-        clear_folder(checkpoint)
+        clear_folder(checkpoint)  # the record is written, so nothing will resume from it
     if not keep_model:
         clear_folder(folder)
     return record
@@ -96,7 +101,8 @@ def judge_arm(task: Task, trainer: Any, folder: Path, progress: Progress) -> dic
     pruned = None
     if trainer.dualspeed is not None:
         config = trainer.dualspeed.config
-        handle = attach(model, config)
+        with _without_advice():
+            handle = attach(model, config)
         if handle.isolator is not None:
             handle.isolator.load(folder / "model")
         pruned = exact_match(
@@ -143,25 +149,41 @@ def _make_trainer(
         remove_unused_columns=False,
         dataloader_drop_last=True,
     )
-    log = StepLog(folder / STEP_LOG, arm.name, progress)
-    trainer = with_dualspeed(_Measured)(
-        model=model,
-        args=arguments,
-        train_dataset=data,
-        data_collator=PadConversations(processor.tokenizer.pad_token_id),
-        processing_class=processor,
-        callbacks=[log],
-        dualspeed=arm.config(seed, **task.dualspeed),
-    )
+    log = StepLog(arm.name, progress)
+    with _without_advice():
+        trainer = with_dualspeed(_Measured)(
+            model=model,
+            args=arguments,
+            train_dataset=data,
+            data_collator=PadConversations(processor.tokenizer.pad_token_id),
+            processing_class=processor,
+            callbacks=[log],
+            dualspeed=arm.config(seed, **task.dualspeed),
+        )
     trainer.remove_callback(PrinterCallback)
     log.trainer = trainer
     return trainer
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Attach without the advice on slow_ratio=0 and fresh isolators: the arms are there to show what they cost."""
+    logger = logging.getLogger("trimtab")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="slow_ratio=0", category=TrimtabWarning)
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 class _Measured(Trainer):  # type: ignore[misc]
     """A Trainer that keeps the loss of its last forward call."""
 
     last_loss: Any = None
+    log_lines: JsonLines | None = None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self.last_loss = super().training_step(*args, **kwargs)
@@ -169,44 +191,35 @@ class _Measured(Trainer):  # type: ignore[misc]
 
 
 class StepLog(TrainerCallback):  # type: ignore[misc]
-    """Writes one line per step: mode, losses, visual tokens and seconds.
+    """Has the trainer write one line per step: mode, losses, visual tokens and seconds.
 
     The seconds span everything between two ends of a step, data included, without the writing of checkpoints.
 
     Args:
-        path: The file of lines.
         arm: Name of the arm, for the progress.
         progress: Called with the arm, the step and the number of steps.
     """
 
-    def __init__(self, path: Path, arm: str, progress: Progress) -> None:
-        self.path, self.arm, self.progress = path, arm, progress
+    def __init__(self, arm: str, progress: Progress) -> None:
+        self.arm, self.progress = arm, progress
         self.trainer: Any = None
-        self.lines: JsonLines | None = None
         self.mark = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the file and start the clock."""
-        self.lines = JsonLines(self.path)
+        """Start the clock."""
         self.mark = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the line of a step."""
-        assert self.lines is not None and self.trainer is not None  # noqa: PT018, set before any step
         seconds = time.perf_counter() - self.mark
         entry = {"step": state.global_step, "seconds": round(seconds, 5), **self._losses()}
-        self.lines.append(entry)
+        self.trainer.log_lines.append(entry)
         self.progress(self.arm, state.global_step, state.max_steps)
         self.mark = time.perf_counter()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the writing of a checkpoint out of the next step's seconds."""
         self.mark = time.perf_counter()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the file."""
-        if self.lines is not None:
-            self.lines.close()
 
     def _losses(self) -> dict[str, Any]:
         loss = round(self.trainer.last_loss.item(), 5)
