@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": FLOOR | {"evaluate"},
     "dualspeed": FLOOR | {"ops", "anatomy", "pruners", "data"},
     "methods": FLOOR | {"ops", "anatomy"},
-    "quickstart": FLOOR | {"ops", "anatomy", "pruners", "data", "evaluate", "bench", "report", "dualspeed"},
+    "quickstart": FLOOR | {"ops", "anatomy", "pruners", "data", "evaluate", "bench", "report", "dualspeed", "run"},
     "run": FLOOR | {"ops", "anatomy", "pruners", "data", "evaluate", "bench", "report", "dualspeed"},
     "cli": FLOOR
     | {"cards", "ops", "anatomy", "pruners", "data", "evaluate", "bench", "report", "dualspeed", "methods"}

@@ -1,3 +1,5 @@
+"""Scenes: a pure function of seed, split and index, whose questions need eyes and whose splits share no stroke."""
+
 from __future__ import annotations
 
 from collections import Counter

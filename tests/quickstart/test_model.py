@@ -1,3 +1,5 @@
+"""The small LLaVA: stock classes, saved and read back by stock transformers, and a tower that can be fitted."""
+
 from __future__ import annotations
 
 import json

@@ -47,7 +47,7 @@ def quickstart(
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
     task = scenes_task(seed=seed)
-    place = prepare_output(out, resume=True, settings={**task.settings(), "seed": seed, "steps": steps or task.steps})
+    place = prepare_output(out, resume=True, settings={"seed": seed, **task.settings(), "steps": steps or task.steps})
     root = place.path
     if place.finished:
         record = read_record(root / "quickstart.json")

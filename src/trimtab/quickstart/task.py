@@ -139,7 +139,7 @@ def make_start(task: Task, seed: int, folder: Path, progress: Progress) -> None:
         folder: Where model and processor go.
         progress: Called with what is being done, how much is done and how much there is.
     """
-    place = prepare_output(folder, resume=True, settings={**task.settings(), "seed": seed})
+    place = prepare_output(folder, resume=True, settings={"seed": seed, **task.settings()})
     if place.finished:
         return
     processor = build_processor(task.sizes, collect_words(_texts(task.train)) + collect_words(_texts(task.test)))

@@ -13,7 +13,7 @@ from trimtab.quickstart.proxy_labels import easy_vqa_labels, nlvr_labels, scene_
 from trimtab.quickstart.task import Task
 from trimtab.quickstart.tower import TowerFit
 
-SCENES_TRAIN, SCENES_TEST = 2000, 500
+SCENES_TRAIN, SCENES_TEST = 3000, 400
 
 
 def scenes_task(seed: int = 0) -> Task:
@@ -30,11 +30,11 @@ def scenes_task(seed: int = 0) -> Task:
         patch_labels=scene_labels,
         majority=majority_accuracy(list(test.texts()), list(train.texts())),
         language_only=language_only_accuracy(list(train.texts()), list(test.texts())),
-        sizes=SmallLlava(tower_layers=3, layers=2, width=128),
+        sizes=SmallLlava(tower_layers=3, layers=3, width=128),
         tower=TowerFit(steps=300),
-        steps=400,
+        steps=300,
         batch_size=16,
-        learning_rate=3e-3,
+        learning_rate=2e-3,
         turns=4,
     )
 
@@ -53,11 +53,11 @@ def easy_vqa_task(folder: str | Path) -> Task:
         patch_labels=easy_vqa_labels,
         majority=majority_accuracy(test, train),
         language_only=language_only_accuracy(train, test),
-        sizes=SmallLlava(image_size=64, patch_size=4, tower_layers=3, layers=2, width=128),
+        sizes=SmallLlava(image_size=64, patch_size=4, tower_layers=3, layers=3, width=128),
         tower=TowerFit(steps=120),
         steps=500,
         batch_size=16,
-        learning_rate=3e-3,
+        learning_rate=2e-3,
         turns=5,
     )
 

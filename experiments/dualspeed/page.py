@@ -1,0 +1,82 @@
+"""Write one page from the kept records of the DualSpeed experiment.
+
+    python experiments/dualspeed/page.py
+
+Also prints the table of means over seeds, one line per task and arm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+Record = dict[str, Any]
+
+PARAGRAPHS = (
+    "All arms of a task and seed start from one small LLaVA with a fitted, frozen vision tower, see equally many "
+    "samples (the arm of equal time excepted), and are judged on full images by greedy generation and exact match.",
+    "Arms are named for what they change against DualSpeed with the paper's settings (10 % kept, 10 % slow steps, "
+    "four isolator rows, KL weight and temperature 1, max-min diversity); modes are stratified by optimizer step.",
+)
+
+
+def read_records(folder: Path) -> list[Record]:
+    """Read all records of the experiment."""
+    from trimtab.records import read_record
+
+    return [read_record(path) for path in sorted(folder.glob("*/seed-*/*.json"))]
+
+
+def table(records: Sequence[Record]) -> list[str]:
+    """Return lines of a Markdown table: means over seeds, ratios against the full arm of the same seed."""
+    arms = [record for record in records if record["kind"] == "arm"]
+    full = {(r["results"]["dataset"], r["seed"]): r["results"] for r in arms if r["results"]["arm"] == "full"}
+    groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for record in arms:
+        if (record["results"]["dataset"], record["seed"]) in full:
+            groups[record["results"]["dataset"], record["results"]["arm"]].append(record)
+    lines = [
+        "| task | arm | seeds | full images | of full | pruned images | time of full |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (task, arm), found in groups.items():
+        base = [full[task, record["seed"]] for record in found]
+        score = [record["results"]["accuracy_full"]["accuracy"] for record in found]
+        kept = [s / b["accuracy_full"]["accuracy"] for s, b in zip(score, base, strict=True)]
+        pruned = [r["results"]["accuracy_pruned"]["accuracy"] for r in found if r["results"]["accuracy_pruned"]]
+        time = [r["results"]["seconds_train"] / b["seconds_train"] for r, b in zip(found, base, strict=True)]
+        cells = [task, arm, str(len(found)), _mean(score), _mean(kept), _mean(pruned), _mean(time, 2)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _mean(values: Sequence[float], digits: int = 3) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def main() -> None:
+    """Write the page and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=Path, default=HERE / "records")
+    parser.add_argument("--out", type=Path, default=HERE / "page.html")
+    arguments = parser.parse_args()
+
+    from trimtab.report import render_experiment
+
+    records = read_records(arguments.records)
+    lines = table(records)
+    arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+    print(render_experiment(records, arguments.out, paragraphs=PARAGRAPHS))
+
+
+if __name__ == "__main__":
+    main()
