@@ -4,13 +4,12 @@
     python experiments/dualspeed/run.py --task nlvr --data ../shared/data --arms full pruned dualspeed --seeds 0
 
 Arms that have a record are not trained again, interrupted ones go on. Two processes may work on different seeds or
-tasks at the same time; give each one thread. Weights are not kept.
+tasks at the same time; give each one thread. Weights are not kept, but for the common start in runs/ (not part of the repository).
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,7 +52,6 @@ def main() -> None:
         target.mkdir(parents=True, exist_ok=True)
         with show_progress() as progress:
             run_arms(task, arms, seed, root, progress, steps=arguments.steps, keep_models=False, records_folder=target)
-    shutil.rmtree(arguments.work / arguments.task, ignore_errors=True)
 
 
 if __name__ == "__main__":

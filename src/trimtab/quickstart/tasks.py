@@ -14,6 +14,9 @@ from trimtab.quickstart.task import Task
 from trimtab.quickstart.tower import TowerFit
 
 SCENES_TRAIN, SCENES_TEST = 3000, 400
+EASY_VQA_TEST = 500
+"""Test images that are asked about: the first so many, with 4,800 questions, to bound the time of the experiment."""
+NLVR_TRAIN, NLVR_TEST = 12_000, 1_000
 
 
 def scenes_task(seed: int = 0) -> Task:
@@ -45,7 +48,7 @@ def easy_vqa_task(folder: str | Path) -> Task:
     Args:
         folder: Directory of the set, see `easy_vqa_rows`.
     """
-    train, test = easy_vqa_rows(folder, "train+val"), easy_vqa_rows(folder, "test")
+    train, test = easy_vqa_rows(folder, "train+val"), easy_vqa_rows(folder, "test")[:EASY_VQA_TEST]
     return Task(
         name="easy-VQA",
         train=train,
@@ -55,7 +58,7 @@ def easy_vqa_task(folder: str | Path) -> Task:
         language_only=language_only_accuracy(train, test),
         sizes=SmallLlava(image_size=64, patch_size=4, tower_layers=3, layers=3, width=128),
         tower=TowerFit(steps=120),
-        steps=500,
+        steps=400,
         batch_size=16,
         learning_rate=2e-3,
         turns=5,
@@ -68,7 +71,7 @@ def nlvr_task(folder: str | Path) -> Task:
     Args:
         folder: Directory of the set, see `nlvr_one_box_rows`.
     """
-    train, test = nlvr_one_box_rows(folder, "train")[:12000], nlvr_one_box_rows(folder, "test")[:1000]
+    train, test = nlvr_one_box_rows(folder, "train")[:NLVR_TRAIN], nlvr_one_box_rows(folder, "test")[:NLVR_TEST]
     return Task(
         name="NLVR, one box",
         train=train,
