@@ -2,7 +2,7 @@
 
     python experiments/dualspeed/page.py
 
-Also prints the table of means over seeds, one line per task and arm.
+Also prints the table of means over seeds, one line per task and arm, and puts it into the README between its marks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 Record = dict[str, Any]
+BEGIN = "<!-- results: made by `python experiments/dualspeed/page.py`; a test compares -->"
+END = "<!-- /results -->"
 
 PARAGRAPHS = (
     "All arms of a task and seed start from one small LLaVA with a fitted, frozen vision tower, see equally many "
@@ -55,6 +57,15 @@ def table(records: Sequence[Record]) -> list[str]:
     return lines
 
 
+def write_between_marks(path: Path, lines: Sequence[str]) -> None:
+    """Replace what stands between the marks of a document."""
+    from trimtab.files import write_text_atomic
+
+    before, rest = path.read_text(encoding="utf-8").split(BEGIN, 1)
+    _, after = rest.split(END, 1)
+    write_text_atomic(path, "\n".join([before + BEGIN, *lines, END + after]))
+
+
 def _mean(values: Sequence[float], digits: int = 3) -> str:
     if not values:
         return ""
@@ -73,7 +84,7 @@ def main() -> None:
 
     records = read_records(arguments.records)
     lines = table(records)
-    arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_between_marks(HERE.parents[1] / "README.md", lines)
     print("\n".join(lines))
     print(render_experiment(records, arguments.out, paragraphs=PARAGRAPHS))
 

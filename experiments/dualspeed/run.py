@@ -4,7 +4,7 @@
     python experiments/dualspeed/run.py --task nlvr --data ../shared/data --arms full pruned dualspeed --seeds 0
 
 Arms that have a record are not trained again, interrupted ones go on. Two processes may work on different seeds or
-tasks at the same time; give each one thread. Weights are not kept, but for the common start in runs/ (not part of the repository).
+tasks at the same time; give each one thread. Weights are not kept, but for the common start in runs/ (not in git).
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class EncodedImages:
         output: What the model's own image encoder returned; its ``pooler_output`` holds the blocks.
         blocks: Features of each block, [token, width], with gradients where the encoder has them.
         tiles: How many tokens of each block belong to each of its tiles, in order; pruners choose per tile.
-        grid: Rows and columns of a tile where it is a full square, else None.
+        grid: Rows and columns of a tile, where all tiles have the same and it is known; else None.
         filler: For each block which tokens carry no picture (newline rows) and how many, or None for none.
         hidden: States of the vision tower before the projector per block, or None where not asked for.
         cls_attention: Attention of the class token per block, or None.
@@ -93,14 +93,11 @@ def encode_images(model: Any, batch: Mapping[str, Any], needs: frozenset[str] = 
         output = host.base.get_image_features(**arguments, return_dict=True)
     blocks = list(output.pooler_output)
     tiles = _tiles(host, blocks)
-    square = {count for block in tiles for count in block}
-    side = isqrt(next(iter(square))) if len(square) == 1 else 0
-    known = host.family.tiles != "packed" and side * side in square
     return EncodedImages(
         output=output,
         blocks=blocks,
         tiles=tiles,
-        grid=(side, side) if known else None,
+        grid=_grid(host, arguments, tiles),
         filler=_filler(host, arguments, len(blocks)),
         **_per_block(host, arguments, observed),
     )
@@ -142,6 +139,21 @@ def _tiles(host: Host, blocks: list[Tensor]) -> list[list[int]]:
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     size = patches // config.scale_factor**2
     return [[size] * (block.shape[0] // size) for block in blocks]
+
+
+def _grid(host: Host, arguments: dict[str, Any], tiles: list[list[int]]) -> tuple[int, int] | None:
+    """Rows and columns that all tiles share, or None."""
+    if host.family.tiles == "packed" or arguments.get("image_sizes") is not None:
+        return None
+    patches = arguments.get("image_grid_thw")
+    if patches is not None:  # images of any shape: frames, rows and columns of patches, several of which make a token
+        merge = int(host.model.config.vision_config.spatial_merge_size)
+        shapes = {(rows // merge, columns // merge) for frames, rows, columns in patches.tolist() if frames == 1}
+        still = bool((patches[:, 0] == 1).all())
+        return next(iter(shapes)) if still and len(shapes) == 1 else None
+    counts = {count for block in tiles for count in block}
+    side = isqrt(next(iter(counts))) if len(counts) == 1 else 0
+    return (side, side) if side * side in counts else None
 
 
 def _filler(host: Host, arguments: dict[str, Any], count: int) -> list[tuple[Tensor, int] | None]:

@@ -98,6 +98,8 @@ class Host:
     def decoder_trains(self) -> bool:
         """Whether any parameter of the language model (or of an adapter inside it) is being trained."""
         visual = {id(p) for part in self._visual_parts() for p in part.parameters()}
+        # Parameters of the base itself (the newline of LLaVA-NeXT) belong to the visual side too.
+        visual |= {id(p) for p in self.base.parameters(recurse=False)}
         return any(p.requires_grad for p in self.base.parameters() if id(p) not in visual)
 
     def head(self, states: torch.Tensor) -> torch.Tensor:

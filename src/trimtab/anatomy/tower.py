@@ -11,6 +11,7 @@ from torch import nn
 
 from trimtab.anatomy.families import Host
 from trimtab.errors import SettingError
+from trimtab.ops.similarity import full_float32
 from trimtab.shapes import Tensor
 
 Observed = dict[str, Tensor]
@@ -82,7 +83,7 @@ def _read(attention: Any, caught: dict[str, Tensor], has_class: bool, observed: 
     heads = int(attention.num_heads)
     query, key = (_heads(caught[name], heads) for name in ("q_proj", "k_proj"))
     scale = query.shape[-1] ** -0.5
-    with torch.no_grad():
+    with torch.no_grad(), full_float32(query.device):
         rows = query[:, :, :1] if has_class else query
         weights = torch.softmax(rows.float() @ key.float().transpose(-1, -2) * scale, dim=-1)
         first = 1 if has_class else 0

@@ -86,7 +86,7 @@ def quickstart(
     out: Path = typer.Option(Path("quickstart-out"), help="Where models, records and the page go."),
     seed: int = typer.Option(0, min=0, help="Seed of data, weights and schedule."),
     steps: int = typer.Option(None, min=1, help="Training steps per arm; the default is chosen to converge."),
-    threads: int = typer.Option(None, min=1, help="CPU threads; the default takes the cores that are free."),
+    threads: int = typer.Option(None, min=1, help="CPU threads; all cores by default."),
     as_json: bool = JSON,
 ) -> None:
     """Train, compare, evaluate and report on data made on the spot; no download, no GPU.

@@ -105,7 +105,7 @@ def check(
     else:
         show.print_settings("Check", record["results"]["summary"])
         for problem in record["results"]["problems"]:
-            print(f"row {problem['row']}: {problem['problem']}")
+            print(f"row {problem['row']}: {problem['message']}")
     if record["results"]["problems"] or not record["results"]["supported"]:
         raise typer.Exit(2)
 

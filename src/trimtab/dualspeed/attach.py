@@ -345,6 +345,9 @@ class DualSpeedHandle:
             labels = view.pop("labels")
             view.pop("logits_to_keep", None)
             states, _ = states_at_labels(self._host.base(**view).last_hidden_state, labels)
+        # Under a caller's autocast, older releases of torch keep the weights that were cast without gradients, and the
+        # student would train none of them.
+        torch.clear_autocast_cache()
         return states
 
     def _loss(self, step: _Step) -> Tensor:
@@ -366,7 +369,7 @@ class DualSpeedHandle:
         total = ce_sum
         if step.teacher is not None:
             total = total + config.kl_weight * config.temperature**2 * kl_sum
-        loss = total / (max(count, 1) if step.items is None else step.items)
+        loss = total / _at_least_one(count if step.items is None else step.items)
         if self.isolator is not None:
             # A path to the isolator in every step, so that data parallel training needs no search for unused parts.
             loss = loss + 0 * self.isolator.rows.sum()
@@ -410,7 +413,10 @@ class DualSpeedHandle:
                 TrimtabWarning,
                 stacklevel=2,
             )
-        return labels.masked_fill(layout.placeholder | ~layout.real, IGNORED)
+        # A row's first token has no predecessor. Where padding stands before the row it would seem to have one, and the
+        # two views, padded differently, would disagree on how many labels there are.
+        first = layout.real & (layout.real.cumsum(1) == 1)
+        return labels.masked_fill(layout.placeholder | ~layout.real | first, IGNORED)
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         names = list(inspect.signature(type(self._host.model).forward).parameters)[1:]
@@ -501,6 +507,11 @@ class DualSpeedHandle:
             own = vars(model).get("_keys_to_ignore_on_save", _Absent)
             model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), f"{ISOLATOR}.rows"}
             self._removers.append(lambda: _restore(model, "_keys_to_ignore_on_save", own))
+
+
+def _at_least_one(items: Tensor | int) -> Tensor | int:
+    """Where nothing at all is supervised the sum is 0, and so shall the loss be."""
+    return items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
 
 
 class _Absent:

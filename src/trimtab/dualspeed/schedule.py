@@ -47,7 +47,8 @@ def mode_of_step(step: int, *, kind: str, slow_ratio: float, seed: int, total_st
         return "slow"
     if kind == "bernoulli":
         return "slow" if _uniform(seed, "step", step) < slow_ratio else "fast"
-    ratio = Fraction(slow_ratio).limit_denominator(1_000_000)
+    # 0.1 as a float is a little more than a tenth; the nearest short fraction is what was meant.
+    ratio = Fraction(slow_ratio).limit_denominator(1_000_000) or Fraction(slow_ratio)
     if kind == "annealed" and total_steps is not None:
         start, end, block = _annealed_block(step, ratio, total_steps)
     else:

@@ -57,6 +57,8 @@ class _DualSpeedMixin:
             return
         me: Any = self
         _refuse_arguments(me.args)
+        if not config.prunes_nothing and me.compute_loss_func is not None:
+            raise SettingError("compute_loss_func has no place beside DualSpeed's own loss. Give one of the two.")
         handle = DualSpeedHandle(me.model, config, me.args.gradient_accumulation_steps)
         handle.optimizer_step = lambda: me.state.global_step
         handle.autocast = me.accelerator.autocast
@@ -134,6 +136,11 @@ def _refuse_arguments(args: Any) -> None:
     for name in ("label_smoothing_factor",):
         if getattr(args, name, 0):
             raise SettingError(f"{name}={getattr(args, name)!r} has no meaning in DualSpeed's own loss. Set it to 0.")
+    if args.n_gpu > 1:
+        raise SettingError(
+            f"One process sees {args.n_gpu} GPUs and would copy the model to each (DataParallel), which DualSpeed does "
+            "not support. Start one process per GPU (accelerate launch ...), or set CUDA_VISIBLE_DEVICES to one."
+        )
     for name in ("packing", "padding_free", "torch_compile"):
         if getattr(args, name, False):
             raise SettingError(f"{name}=True is not supported with DualSpeed yet. Set it to False.")

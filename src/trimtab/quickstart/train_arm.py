@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import warnings
@@ -15,10 +16,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from trimtab.dualspeed import attach, with_dualspeed
 from trimtab.errors import TrimtabWarning
 from trimtab.evaluate import exact_match
-from trimtab.files import JsonLines, read_json_lines
+from trimtab.files import JsonLines, read_json_lines, write_text_atomic
 from trimtab.quickstart.arms import Arm
 from trimtab.quickstart.task import Conversations, PadConversations, Progress, Task, clear_folder, open_start
 from trimtab.records import make_record, read_record, write_record
+from trimtab.run.checkpoints import last_checkpoint, step_of
 
 STEP_LOG = "steps.jsonl"
 
@@ -62,10 +64,10 @@ def train_arm(
     steps = steps or task.steps
     began = time.perf_counter()
     trainer = _make_trainer(task, arm, seed, start, folder, steps, save_every, data(), progress)
-    last = any(folder.glob("checkpoint-*"))
+    last = last_checkpoint(folder)
     _forget_steps(folder, last)
     with JsonLines(folder / STEP_LOG) as trainer.log_lines:
-        trainer.train(resume_from_checkpoint=True if last else None)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     trainer.save_model(str(folder / "model"))
     log = read_json_lines(folder / STEP_LOG)
     seconds = sum(entry["seconds"] for entry in log)
@@ -237,17 +239,12 @@ class StepLog(TrainerCallback):  # type: ignore[misc]
         }
 
 
-def _forget_steps(folder: Path, resumes: bool) -> None:
-    """Drop the lines of steps that a resumed run takes again."""
+def _forget_steps(folder: Path, last: Path | None) -> None:
+    """Drop the lines of steps that a run resumed from a checkpoint takes again."""
     path = folder / STEP_LOG
     if not path.exists():
         return
-    reached = 0
-    if resumes:
-        reached = max(int(one.name.rsplit("-", 1)[1]) for one in folder.glob("checkpoint-*"))
+    reached = 0 if last is None else step_of(last) or 0
     kept = [entry for entry in read_json_lines(path) if entry["step"] <= reached]
-    path.unlink()
-    lines = JsonLines(path)
-    for entry in kept:
-        lines.append(entry)
-    lines.close()
+    # Whole or not at all: the time of the steps before stands nowhere else.
+    write_text_atomic(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))

@@ -60,7 +60,8 @@ class Bench:
         if self.sizes:  # attached anew in every round: what there is to say was said the first time
             logger.setLevel(logging.ERROR)
         try:
-            self.handle = attach(self.model, self.settings)
+            # Modes are forced here, and an annealed schedule would ask for the length of the run.
+            self.handle = attach(self.model, replace(self.settings, schedule="stratified"))
         finally:
             logger.setLevel(level)
 

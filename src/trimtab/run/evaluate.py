@@ -80,7 +80,8 @@ def _attached(model: Any, config: RunConfig, directory: Path) -> Iterator[Any]:
     """Attach DualSpeed with the isolator that was trained with the model, where there is one."""
     from trimtab.dualspeed import attach
 
-    settings = config.dualspeed or DualSpeedConfig(isolator_tokens=0)
+    # Nothing is scheduled here, and an annealed schedule would ask for the length of the run.
+    settings = replace(config.dualspeed or DualSpeedConfig(isolator_tokens=0), schedule="stratified")
     side = directory / SIDE_FILES
     handle = attach(model, replace(settings, isolator_from=str(side)) if side.is_dir() else settings)
     try:

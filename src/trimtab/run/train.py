@@ -13,6 +13,7 @@ from typing import Any
 from trimtab.errors import OutputError, TrimtabError
 from trimtab.files import OutputDirectory, prepare_output
 from trimtab.records import make_record, read_record, write_record
+from trimtab.run.checkpoints import last_checkpoint
 from trimtab.run.config import RunConfig, training_arguments, write_resolved
 from trimtab.run.extras import require
 from trimtab.run.load import load_model, load_processor, load_rows_of, skipped_rows
@@ -138,9 +139,8 @@ def _evaluates(arguments: Any) -> bool:
 
 
 def _last_checkpoint(output: OutputDirectory) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    return get_last_checkpoint(str(output.path)) if output.resumed else None
+    found = last_checkpoint(output.path) if output.resumed else None
+    return None if found is None else str(found)
 
 
 def _model_to_train(config: RunConfig, checkpoint: str | None) -> Any:

@@ -1,0 +1,35 @@
+"""The README's results are those of the kept records."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def page() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("dualspeed_page", ROOT / "experiments" / "dualspeed" / "page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_shows_the_table_of_the_records(page: ModuleType) -> None:
+    lines = page.table(page.read_records(ROOT / "experiments" / "dualspeed" / "records"))
+    assert len(lines) > 2, "the experiment has records"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\n".join([page.BEGIN, *lines, page.END]) in readme
+
+
+def test_what_stands_between_the_marks_is_replaced_and_nothing_else(page: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    path.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+    page.write_between_marks(path, ["new"])
+    assert path.read_text() == f"before\n{page.BEGIN}\nnew\n{page.END}\nafter\n"
