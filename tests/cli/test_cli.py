@@ -103,6 +103,18 @@ def test_errors_are_one_message_and_exit_code_2(
     assert told.err.count("\n") == 1
 
 
+def test_check_prints_every_bad_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.run.small_run import write_run
+
+    path = write_run(tmp_path)
+    (tmp_path / "train-2.png").unlink()
+    assert run("check", str(path)) == 2
+    told = capsys.readouterr()
+    assert "row 3: " in told.out
+    assert "train-2.png" in told.out
+    assert "Traceback" not in told.err
+
+
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(SettingError):
         main(["--debug", "methods", "nothing"])

@@ -163,6 +163,18 @@ def test_a_plain_loop_resumes_where_it_stood() -> None:
         assert modes(model, handle, 7) == whole[5:]
 
 
+def test_a_slow_step_under_autocast_trains_every_weight_of_the_language_model() -> None:
+    """The teacher runs without gradients on the same weights, whose cast copies autocast may keep."""
+    model = tiny_llava()
+    batch = FAMILIES["llava"].make_batch(model, ROWS)
+    with attached(model, keep_ratio=0.2) as handle, handle.force_mode("slow"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+    without = [name for name, p in model.named_parameters() if "vision_tower" not in name and p.grad is None]
+    assert without == []
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # asked for by PEFT itself
 @pytest.mark.parametrize("mode", ["fast", "slow"])
 def test_the_trained_head_of_an_adapter_is_the_one_that_scores(mode: str) -> None:

@@ -224,6 +224,18 @@ def test_07_a_batch_without_supervised_label_has_zero_loss_and_a_warning(llava: 
         assert torch.equal(llava.state_dict()[key], value), key
 
 
+@pytest.mark.filterwarnings("ignore:A batch has no supervised label")
+@pytest.mark.parametrize("items", [0, torch.tensor(0)])
+def test_07_an_update_without_supervised_label_divides_by_no_zero(llava: Any, items: Any) -> None:
+    batch = llava_batch()
+    batch["labels"][:] = -100
+    with attached(llava):
+        loss = llava(**batch, num_items_in_batch=items).loss
+        loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in llava.parameters())
+
+
 def test_07_labels_over_placeholders_are_masked_and_warned_about_once(llava: Any) -> None:
     clean = llava_batch()
     batch = {**clean, "labels": torch.where(clean["input_ids"] == IMAGE, IMAGE, clean["labels"])}
@@ -395,3 +407,20 @@ def test_side_files_are_not_written_over_a_file(llava: Any, tmp_path: Path) -> N
     with attached(llava) as handle, pytest.raises(OSError, match=r"dualspeed"):
         handle.save_pretrained(tmp_path / "dualspeed")
     assert (tmp_path / "dualspeed").read_text() == "in the way"
+
+
+def test_several_gpus_in_one_process_are_refused(llava: Any, tmp_path: Path) -> None:
+    arguments = training_arguments(tmp_path)
+    arguments._n_gpu = 2
+    with pytest.raises(SettingError, match=r"2 GPUs.*accelerate launch"):
+        trimtab.with_dualspeed(Trainer)(
+            model=llava, args=arguments, train_dataset=TinyRows(), data_collator=collate, dualspeed=DualSpeedConfig()
+        )
+
+
+def test_a_loss_of_the_users_own_is_refused(llava: Any, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"compute_loss_func"):
+        trimtab.with_dualspeed(Trainer)(
+            model=llava, args=training_arguments(tmp_path), train_dataset=TinyRows(), data_collator=collate,
+            compute_loss_func=lambda *_, **__: torch.zeros(()), dualspeed=DualSpeedConfig(),
+        )  # fmt: skip

@@ -127,6 +127,11 @@ def test_the_ends_of_the_range(kind: str, ratio: float, only: str) -> None:
     assert set(modes(500, kind, slow_ratio=ratio)) == {only}
 
 
+@pytest.mark.parametrize("kind", ["stratified", "annealed"])
+def test_a_share_below_one_in_a_million_is_no_error(kind: str) -> None:
+    assert set(modes(50, kind, slow_ratio=1e-9)) == {"fast"}
+
+
 def test_annealed_without_slow_steps() -> None:
     assert set(modes(100, "annealed", slow_ratio=0.0)) == {"fast"}
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from tests.dualspeed.common import ROWS, SUM_ORDER, attached, training_arguments
-from tests.tiny import FAMILIES, WIDTH, Batch, TinyFamily, TinyRows, collate, gradients, tiny_llava, weights
+from tests.tiny import FAMILIES, IMAGE, WIDTH, Batch, TinyFamily, TinyRows, collate, gradients, tiny_llava, weights
 from torch import Tensor
 from torch.nn import functional
 from trimtab.dualspeed.schedule import mode_of_step
@@ -264,6 +264,33 @@ def test_05_both_views_have_the_same_labels_in_the_same_order(
     assert torch.equal(batch["labels"][full[0], full[1] + 1], pruned["labels"][fewer[0], fewer[1] + 1])
     before = batch["input_ids"][full], pruned["input_ids"][fewer]
     assert torch.equal(*before), "the token that predicts a label survives"
+
+
+def test_05_a_row_that_starts_behind_padding_in_one_view_only_has_the_same_labels_in_both() -> None:
+    """Every token supervised: the first one of a row has a place before it only where padding stands there."""
+    family = FAMILIES["llava"]
+    model = family.build_model().train()
+    batch = family.make_batch(model, (1, 0), text_lengths=[2, 15], padding_side="left")
+    labels = torch.where(batch["input_ids"] == IMAGE, -100, batch["input_ids"])
+    batch["labels"] = labels.masked_fill(batch["attention_mask"] == 0, -100)
+    found = {}
+    with attached(model, keep_ratio=0.1, isolator_tokens=1) as handle:
+        padded = (1 - handle.prune_inputs(batch)["attention_mask"]).sum(1)
+        assert ((1 - batch["attention_mask"]).sum(1) > 0).tolist() == [False, True]
+        assert (padded > 0).tolist() == [True, False]
+        for mode in ("slow", "fast"):
+            with handle.force_mode(mode):
+                model(**batch).loss.backward()
+                found[mode] = handle.metrics()
+    assert found["slow"]["kl"] > 0
+    # A label too many would show in the sum of the losses, which is that of the rows alone.
+    alone = [family.take_row(batch, (1, 0), row) for row in (0, 1)]
+    with attached(model, keep_ratio=0.1, isolator_tokens=1) as handle, handle.force_mode("slow"):
+        for row in alone:
+            row["labels"] = torch.where(row["input_ids"] == IMAGE, -100, row["input_ids"])
+        sums = [model(**row, num_items_in_batch=1).loss.detach() for row in alone]
+        together = model(**batch, num_items_in_batch=1).loss.detach()
+    torch.testing.assert_close(together, sum(sums), **SUM_ORDER)
 
 
 # 6, 7: divergence and gathered head --------------------------------------------------------------------------------

@@ -247,6 +247,17 @@ def test_a_frozen_language_model_takes_fast_steps_only(tmp_path: Path) -> None:
     assert not torch.equal(trainer.dualspeed.isolator.rows, start)
 
 
+def test_the_newline_of_llava_next_does_not_count_as_language_model() -> None:
+    model = FAMILIES["llava_next"].build_model().train()
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    model.model.image_newline.requires_grad_(True)
+    handle = trimtab.attach(model, DualSpeedConfig(slow_ratio=1.0))
+    assert handle.next_mode() == "fast"
+    model.model.language_model.layers[0].mlp.requires_grad_(True)
+    assert handle.next_mode() == "slow"
+
+
 def test_evaluation_in_between_changes_nothing(whole_run: Any, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, eval_dataset=TinyRows(4, seed=5), eval_strategy="steps", eval_steps=3)
     trainer.train()

@@ -125,6 +125,15 @@ def test_benching_moves_no_weight_and_leaves_the_model_bare(make_config: Make, m
     assert all(torch.equal(before[name], value) for name, value in parts.model.state_dict().items())
 
 
+def test_an_annealed_schedule_needs_no_length_where_nothing_is_scheduled(
+    make_config: Make, trained_copy: Path, small_run: Path
+) -> None:
+    block = {**settings(small_run)["dualspeed"], "schedule": "annealed"}
+    config = build_config({**settings(small_run), "output_dir": str(trained_copy), "dualspeed": block})
+    assert "pruned" in evaluate(config, pruned=True, max_new_tokens=1)["results"]
+    assert bench(make_config(dualspeed=block), steps=1)["settings"]["dualspeed"]["schedule"] == "annealed"
+
+
 def test_bench_without_the_block_measures_the_defaults(make_config: Make) -> None:
     record = bench(make_config(dualspeed=False), steps=1)
     assert record["settings"]["dualspeed"]["keep_ratio"] == 0.1

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from trimtab.anatomy.families import Host, open_host
-from trimtab.anatomy.tower import Observed, observe_tower
+from trimtab.anatomy.tower import OBSERVABLE_TOWERS, Observed, observe_tower
 from trimtab.errors import SettingError, UnsupportedModelError
 from trimtab.ops.label_head import IGNORED
 from trimtab.shapes import Bool, Float, Int, Tensor
@@ -62,7 +62,8 @@ def has_images(batch: Mapping[str, Any]) -> bool:
 
 def supplied_needs(model: Any) -> frozenset[str]:
     """What a pruner may ask of this model beyond the features; a subset of ``trimtab.pruners.NEEDS``."""
-    if open_host(model).family.tower:
+    host = open_host(model)
+    if host.family.tower and host.model.config.vision_config.model_type in OBSERVABLE_TOWERS:
         return frozenset({"text", "hidden", "cls_attention", "keys"})
     return frozenset({"text"})
 

@@ -14,6 +14,9 @@ from trimtab.errors import SettingError
 from trimtab.ops.similarity import full_float32
 from trimtab.shapes import Tensor
 
+OBSERVABLE_TOWERS = ("clip_vision_model", "siglip_vision_model")
+"""Towers whose attention is plain: every image by itself, queries and keys as projected (Pixtral's are turned)."""
+
 Observed = dict[str, Tensor]
 """By need: ``hidden`` [tile, patch, channel], ``cls_attention`` [tile, patch], ``keys`` [tile, patch, key]."""
 
@@ -39,12 +42,13 @@ def observe_tower(host: Host, needs: frozenset[str]) -> Iterator[Observed]:
     observed: Observed = {}
     caught: dict[str, Tensor] = {}
     attention = _attention_block(host)
-    has_class = host.model.config.vision_feature_select_strategy == "default"
+    first = 1 if host.model.config.vision_feature_select_strategy == "default" else 0
+    has_class = any(name.endswith("class_embedding") for name, _ in host.base.vision_tower.named_parameters())
 
     def finish(module: nn.Module, args: tuple[Any, ...]) -> None:
         observed["hidden"] = args[0].detach()
         if needs & {"cls_attention", "keys"}:
-            _read(attention, caught, has_class, observed)
+            _read(attention, caught, has_class, first, observed)
         for name in set(observed) - needs:
             del observed[name]
 
@@ -79,14 +83,13 @@ def _attention_block(host: Host) -> Any:
     return blocks[layer - 1] if layer > 0 else blocks[layer]
 
 
-def _read(attention: Any, caught: dict[str, Tensor], has_class: bool, observed: Observed) -> None:
+def _read(attention: Any, caught: dict[str, Tensor], has_class: bool, first: int, observed: Observed) -> None:
     heads = int(attention.num_heads)
     query, key = (_heads(caught[name], heads) for name in ("q_proj", "k_proj"))
     scale = query.shape[-1] ** -0.5
     with torch.no_grad(), full_float32(query.device):
         rows = query[:, :, :1] if has_class else query
         weights = torch.softmax(rows.float() @ key.float().transpose(-1, -2) * scale, dim=-1)
-        first = 1 if has_class else 0
         observed["cls_attention"] = weights.mean(2).mean(1)[:, first:]
         observed["keys"] = key.mean(1)[:, first:]
 

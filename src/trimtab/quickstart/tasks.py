@@ -57,10 +57,10 @@ def easy_vqa_task(folder: str | Path) -> Task:
         majority=majority_accuracy(test, train),
         language_only=language_only_accuracy(train, test),
         sizes=SmallLlava(image_size=64, patch_size=4, tower_layers=3, layers=3, width=128),
-        tower=TowerFit(steps=120),
+        tower=TowerFit(steps=400),
         steps=400,
         batch_size=16,
-        learning_rate=2e-3,
+        learning_rate=3e-3,
         turns=5,
     )
 
