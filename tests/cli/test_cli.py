@@ -154,6 +154,7 @@ def test_our_warnings_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     show_before = warnings.showwarning
     monkeypatch.setattr("trimtab.cards.all_cards", warn)
     run("methods")
+    assert capsys.readouterr().err == "trimtab: warning: mind the gap\n"
     assert warnings.showwarning is show_before
 
 

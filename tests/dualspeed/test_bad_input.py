@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import save_file
 from tests.dualspeed.common import ROWS, attached, training_arguments
 from tests.tiny import FAMILIES, IMAGE, WIDTH, Batch, TinyRows, collate, llama_settings, tiny_llava, weights
@@ -22,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 import trimtab
 from trimtab import DualSpeedConfig
+from trimtab.anatomy import families
 from trimtab.errors import (
     HostLibraryError,
     SettingError,
@@ -338,7 +338,8 @@ def test_13_broken_features_name_the_image(llava: Any, value: float) -> None:
 
 
 def test_an_older_transformers_is_refused_with_the_command_to_run(llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.17.2")
+    # The module as families sees it: transformers may enter itself in sys.modules a second time.
+    monkeypatch.setattr(families.transformers, "__version__", "5.17.2")
     with pytest.raises(ImportError, match=r"(?s)5\.18.*5\.17\.2.*pip install") as raised:
         trimtab.attach(llava, DualSpeedConfig())
     assert isinstance(raised.value, HostLibraryError)

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+
 from trimtab.dualspeed.schedule import mode_of_step
 
 KINDS = ("stratified", "bernoulli", "annealed")

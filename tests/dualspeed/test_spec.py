@@ -19,10 +19,10 @@ from tests.dualspeed.common import ROWS, SUM_ORDER, attached, training_arguments
 from tests.tiny import FAMILIES, IMAGE, WIDTH, Batch, TinyFamily, TinyRows, collate, gradients, tiny_llava, weights
 from torch import Tensor
 from torch.nn import functional
-from trimtab.dualspeed.schedule import mode_of_step
 
 import trimtab
 from trimtab import DualSpeedConfig
+from trimtab.dualspeed.schedule import mode_of_step
 from trimtab.errors import SettingError
 from trimtab.ops.divergence import kl_divergence
 from trimtab.ops.label_head import label_losses, supervised_positions

@@ -74,31 +74,48 @@ class StopError(RuntimeError):
     """Ends a run in the middle."""
 
 
+@pytest.mark.parametrize("arm", ["full", "dualspeed"])
 def test_interrupted_and_run_again_is_never_interrupted(
-    whole: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str
 ) -> None:
     written = StepLog.on_step_end
 
-    def stop_in_dualspeed(self: StepLog, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def stop(self: StepLog, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         written(self, args, state, control, **kwargs)
-        if self.arm == "dualspeed" and state.global_step == 5:
+        if self.arm == arm and state.global_step == 5:
             raise StopError
 
-    monkeypatch.setattr(StepLog, "on_step_end", stop_in_dualspeed)
+    monkeypatch.setattr(StepLog, "on_step_end", stop)
     with pytest.raises(StopError):
         run_arms(small_task(), THREE, 0, tmp_path, quiet, save_every=2)
     monkeypatch.setattr(StepLog, "on_step_end", written)
     seen: list[str] = []
     records = run_arms(small_task(), THREE, 0, tmp_path, lambda what, done, total: seen.append(what), save_every=2)
-    assert "full" not in seen, "a finished arm is not trained again"
-    expected = final_weights(whole[0], "dualspeed")
-    for name, value in final_weights(tmp_path, "dualspeed").items():
+    assert ("full" in seen) == (arm == "full"), "a finished arm is not trained again"
+    expected = final_weights(whole[0], arm)
+    for name, value in final_weights(tmp_path, arm).items():
         assert torch.equal(value, expected[name]), name
     for ours, theirs in zip(records, whole[1], strict=True):
         kept = ("step", "mode", "loss")
         assert [[e[k] for k in kept] for e in ours["results"]["log"]] == [
             [e[k] for k in kept] for e in theirs["results"]["log"]
         ]
+
+
+def test_interrupted_behind_the_last_step_takes_no_further_one(
+    whole: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trimtab.quickstart.train_arm.judge_arm", stop)
+        with pytest.raises(StopError):
+            run_arms(small_task(), THREE[:1], 0, tmp_path, quiet, save_every=4)
+    record = run_arms(small_task(), THREE[:1], 0, tmp_path, quiet, save_every=4)[0]
+    assert [entry["step"] for entry in record["results"]["log"]] == [1, 2, 3, 4, 5, 6]
+    expected = final_weights(whole[0], "full")
+    assert all(torch.equal(value, expected[name]) for name, value in final_weights(tmp_path, "full").items())
 
 
 def test_quickstart_leaves_records_a_page_and_a_stock_checkpoint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,5 +57,29 @@ def test_a_run_killed_while_it_wrote_a_checkpoint_goes_on(
             train(make_config(**saving))
     assert (tmp_path / "out" / "checkpoint-3").is_dir()
     train(make_config(**saving, resume=True))
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "out").items())
+
+
+@pytest.mark.parametrize("block", [False, {"keep_ratio": 0.25, "slow_ratio": 0.5, "isolator_tokens": 2}])
+def test_a_run_killed_behind_its_last_checkpoint_takes_no_further_step(
+    make_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: Any
+) -> None:
+    saving = {
+        "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant", "max_steps": 3, "dualspeed": block,
+    }  # fmt: skip
+    train(make_config(**saving, output_dir=str(tmp_path / "whole")))
+
+    def kill(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trimtab.run.train._record", kill)
+        with pytest.raises(KeyboardInterrupt):
+            train(make_config(**saving))
+    assert (tmp_path / "out" / "checkpoint-3").is_dir()
+    record = train(make_config(**saving, resume=True))
+    assert record["results"]["steps"] == 3
+    assert len([entry for entry in record["results"]["log"] if "loss" in entry]) == 3
     expected = weights(tmp_path / "whole")
     assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "out").items())

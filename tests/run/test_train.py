@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from trimtab.errors import DataError, HostLibraryError, OutputError, SettingErro
 from trimtab.records import read_record
 from trimtab.run import load
 from trimtab.run.config import RunConfig, load_config, training_arguments
-from trimtab.run.train import build_trainer, train
+from trimtab.run.train import _prepare, build_trainer, train
 
 Make = Callable[..., RunConfig]
 
@@ -107,6 +109,15 @@ def test_a_finished_run_is_not_repeated(trained_copy: Path) -> None:
     before = (trained_copy / "model.safetensors").stat().st_mtime_ns
     assert train(config) == read_record(trained_copy / "records" / "train.json")
     assert (trained_copy / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("status", ["running", "finished"])
+def test_every_process_knows_whether_the_run_was_finished(make_config: Make, tmp_path: Path, status: str) -> None:
+    """Else the first one would return the record and the others wait for it in vain."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text(json.dumps({"made_by": "trimtab", "status": status}))
+    second = SimpleNamespace(process_index=1, main_process_first=lambda desc: nullcontext())
+    assert _prepare(make_config(resume=True), second).finished == (status == "finished")
 
 
 def test_resuming_with_other_settings_is_refused(make_config: Make) -> None:

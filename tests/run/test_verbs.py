@@ -9,6 +9,7 @@ import pytest
 import yaml
 from tests.run.small_run import TOKENS, settings, write_rows
 
+from trimtab.anatomy import SupportReport
 from trimtab.errors import DataError, SettingError
 from trimtab.records import check_record, read_record
 from trimtab.report import render_report
@@ -59,6 +60,19 @@ def test_check_lists_bad_rows(make_config: Make, tmp_path: Path) -> None:
     assert [problem["row"] for problem in results["problems"]] == [3]
     assert "rows-2.png" in results["problems"][0]["message"]
     assert results["prediction"] is None
+
+
+def test_check_of_a_model_that_is_not_supported_predicts_nothing(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: object) -> SupportReport:
+        return SupportReport(False, False, "Made", "Made lacks get_image_features.")
+
+    monkeypatch.setattr("trimtab.run.check.check_model", refuse)
+    results = check(make_config())["results"]
+    assert (results["supported"], results["prediction"]) == (False, None)
+    assert results["summary"]["why"] == "Made lacks get_image_features."
+    assert "predicted gain" not in results["summary"]
 
 
 def test_check_of_data_without_images_says_so(make_config: Make, tmp_path: Path) -> None:

@@ -109,16 +109,15 @@ class _DualSpeedMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         me: Any = self
-        if self.dualspeed is None or not _load_converted(me.model, Path(resume_from_checkpoint)):
+        if not _load_converted(me.model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        if self.dualspeed is None:
-            return
-        self.dualspeed.load_pretrained(Path(resume_from_checkpoint) / SIDE_FOLDER)
+        if self.dualspeed is not None:
+            self.dualspeed.load_pretrained(Path(resume_from_checkpoint) / SIDE_FOLDER)
 
     def _load_best_model(self) -> None:
         me: Any = self
         best = Path(me.state.best_model_checkpoint)
-        if self.dualspeed is None or not _load_converted(me.model, best):
+        if not _load_converted(me.model, best):
             super()._load_best_model()  # type: ignore[misc]
         if self.dualspeed is not None and self.dualspeed.isolator is not None:
             self.dualspeed.isolator.load(best / SIDE_FOLDER)

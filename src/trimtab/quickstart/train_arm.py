@@ -20,7 +20,7 @@ from trimtab.files import JsonLines, read_json_lines, write_text_atomic
 from trimtab.quickstart.arms import Arm
 from trimtab.quickstart.task import Conversations, PadConversations, Progress, Task, clear_folder, open_start
 from trimtab.records import make_record, read_record, write_record
-from trimtab.run.checkpoints import last_checkpoint, step_of
+from trimtab.run.checkpoints import last_checkpoint, step_of, train_from
 
 STEP_LOG = "steps.jsonl"
 
@@ -67,7 +67,7 @@ def train_arm(
     last = last_checkpoint(folder)
     _forget_steps(folder, last)
     with JsonLines(folder / STEP_LOG) as trainer.log_lines:
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        train_from(trainer, last)
     trainer.save_model(str(folder / "model"))
     log = read_json_lines(folder / STEP_LOG)
     seconds = sum(entry["seconds"] for entry in log)

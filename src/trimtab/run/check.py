@@ -36,7 +36,7 @@ def check(config: RunConfig, limit: int = 200, progress: Callable[[int, int], No
     Returns:
         The record, kind "check": ``supported``, ``summary`` (one line per finding: model, data, tokens per row,
         predicted gain), ``problems`` (row and sentence) and ``prediction`` (see `trimtab.bench.SpeedPrediction`; None
-        where no row could be turned into a batch).
+        where the model is not supported or a row is bad).
 
     Raises:
         SettingError: A setting does not fit, or there is no such model.
@@ -50,7 +50,7 @@ def check(config: RunConfig, limit: int = 200, progress: Callable[[int, int], No
     summary, problems = _look_at_data(config, limit, progress)
     summary = {"model": support.model_class, "supported": support.supported, "why": support.reason, **summary}
     prediction = None
-    if not problems:
+    if support.supported and not problems:
         counts = _count_tokens(config)
         prediction = _predict(config, model, counts, bool(arguments.gradient_checkpointing))
         summary |= _words(counts, prediction)

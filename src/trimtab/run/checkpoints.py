@@ -1,9 +1,13 @@
-"""Checkpoints of a Trainer in an output directory."""
+"""Checkpoints of a Trainer in an output directory, and going on from them."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+STATE_FILE = "trainer_state.json"
+"""What a Trainer writes last into a checkpoint."""
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -30,6 +34,30 @@ def step_of(checkpoint: Path) -> int | None:
 
 def _whole(checkpoint: Path) -> bool:
     try:
-        return isinstance(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")), dict)
+        return isinstance(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):
         return False
+
+
+def train_from(trainer: Any, checkpoint: Path | None) -> None:
+    """Train, or go on from a checkpoint; where that was the last one of the run, only load it.
+
+    A Trainer that resumes from its own last checkpoint takes one step too many before it notices that it has come
+    to the end.
+
+    Args:
+        trainer: A Trainer of transformers, with the settings of the interrupted run.
+        checkpoint: From `last_checkpoint`, or None to start.
+    """
+    from transformers import TrainerState
+
+    if checkpoint is None:
+        trainer.train()
+        return
+    state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if sharded or not 0 < state.max_steps <= state.global_step:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        return
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = state

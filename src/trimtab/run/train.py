@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import OutputError, TrimtabError
-from trimtab.files import OutputDirectory, prepare_output
+from trimtab.files import RUN_FILE, OutputDirectory, prepare_output, read_json
 from trimtab.records import make_record, read_record, write_record
-from trimtab.run.checkpoints import last_checkpoint
+from trimtab.run.checkpoints import last_checkpoint, train_from
 from trimtab.run.config import RunConfig, training_arguments, write_resolved
 from trimtab.run.extras import require
 from trimtab.run.load import load_model, load_processor, load_rows_of, skipped_rows
@@ -47,12 +47,12 @@ def train(config: RunConfig) -> dict[str, Any]:
     output = _prepare(config, arguments)
     if output.finished:
         return read_record(output.path / RECORD_FILE)
-    checkpoint = _last_checkpoint(output)
+    checkpoint = last_checkpoint(output.path) if output.resumed else None
     model, processor = _model_to_train(config, checkpoint), load_processor(config.model_name_or_path)
     trainer = build_trainer(config, arguments, model, processor, rows, eval_rows)
     started, began = datetime.now(timezone.utc), time.perf_counter()
     with _disk_errors(output.path):
-        trainer.train(resume_from_checkpoint=checkpoint)
+        train_from(trainer, checkpoint)
         seconds = time.perf_counter() - began
         trainer.save_model(str(output.path))
         record = _record(config, trainer, rows, started, seconds)
@@ -123,7 +123,9 @@ def _prepare(config: RunConfig, arguments: Any) -> OutputDirectory:
     """Let the first process make the output directory ready; the others wait and take it as it is."""
     with arguments.main_process_first(desc="output directory"):
         if arguments.process_index:
-            return OutputDirectory(Path(config.output_dir), resumed=config.resume)
+            path = Path(config.output_dir)
+            finished = read_json(path / RUN_FILE)["status"] == "finished"  # or the first process would leave alone
+            return OutputDirectory(path, resumed=config.resume, finished=finished)
         try:
             output = prepare_output(
                 config.output_dir, overwrite=config.overwrite, resume=config.resume, settings=config.identity()
@@ -138,12 +140,7 @@ def _evaluates(arguments: Any) -> bool:
     return str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) != "no"
 
 
-def _last_checkpoint(output: OutputDirectory) -> str | None:
-    found = last_checkpoint(output.path) if output.resumed else None
-    return None if found is None else str(found)
-
-
-def _model_to_train(config: RunConfig, checkpoint: str | None) -> Any:
+def _model_to_train(config: RunConfig, checkpoint: Path | None) -> Any:
     """Load the model, in a resumed run from its checkpoint.
 
     The Trainer loads a checkpoint by the names of the tensors as they stand in the file. transformers 5.23 writes
@@ -151,7 +148,7 @@ def _model_to_train(config: RunConfig, checkpoint: str | None) -> Any:
     fit nothing and are passed over with a warning: the run would go on from the first weights. `from_pretrained`
     knows both names.
     """
-    whole = checkpoint is not None and any(Path(checkpoint).glob("model*.safetensors"))
+    whole = checkpoint is not None and any(checkpoint.glob("model*.safetensors"))
     return load_model(config, checkpoint if whole else None)
 
 
