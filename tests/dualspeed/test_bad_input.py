@@ -94,6 +94,12 @@ def test_02_a_ratio_that_keeps_nothing_names_the_count(llava: Any) -> None:
         llava(**llava_batch())
 
 
+@pytest.mark.parametrize("settings", [{"pruner": "keep_all"}, {"keep_ratio": 1.0}])
+def test_02_keeping_everything_leaves_no_place_for_an_isolator(llava: Any, settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"isolator_tokens must be 0"):
+        trimtab.attach(llava, DualSpeedConfig(**settings))
+
+
 # 3: no slow steps ----------------------------------------------------------------------------------------------
 
 

@@ -120,6 +120,7 @@ class DualSpeedHandle:
             raise WrongOrderError(
                 f"DualSpeed is attached to this {type(model).__name__} already. Call detach() on its handle first."
             )
+        _require_room_for_isolator(config)
         self._host = open_host(model)
         self._pruner = build_pruner(config.pruner, config.pruner_options)
         missing = self._pruner.needs - supplied_needs(self._host)
@@ -512,6 +513,15 @@ class DualSpeedHandle:
 def _at_least_one(items: Tensor | int) -> Tensor | int:
     """Where nothing at all is supervised the sum is 0, and so shall the loss be."""
     return items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
+
+
+def _require_room_for_isolator(config: DualSpeedConfig) -> None:
+    if config.isolator_tokens and (config.pruner == "keep_all" or config.keep_ratio == 1):
+        kept = "pruner='keep_all'" if config.pruner == "keep_all" else "keep_ratio=1"
+        raise setting_error(
+            "DualSpeedConfig", "isolator_tokens", f"0 with {kept}, which drops no token whose place the isolator could "
+            "take", config.isolator_tokens,
+        )  # fmt: skip
 
 
 class _Absent:

@@ -45,7 +45,7 @@ def quickstart(
     from trimtab.records import read_record
     from trimtab.report import render_report
 
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads or free_cores())
     task = scenes_task(seed=seed)
     place = prepare_output(out, resume=True, settings={"seed": seed, **task.settings(), "steps": steps or task.steps})
     root = place.path
@@ -124,6 +124,11 @@ def run_arms(
             save_every=save_every,
         )
     return list(records.values())
+
+
+def free_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def equal_time_steps(records: dict[str, dict[str, Any]], arm: Arm) -> int | None:
@@ -212,6 +217,7 @@ def _floor(task: Task) -> dict[str, Any]:
 def _write_pictures(task: Task, root: Path, seed: int) -> None:
     """Draw what the fast mode keeps of a few test images."""
     from trimtab.dualspeed import DualSpeedConfig, attach
+    from trimtab.quickstart.train_arm import without_advice
     from trimtab.records import make_record, write_record
     from trimtab.report import draw_kept, picture_entry
 
@@ -219,7 +225,8 @@ def _write_pictures(task: Task, root: Path, seed: int) -> None:
     if path.exists():
         return
     model, processor = open_start(root / "arms" / "dualspeed" / "model")
-    handle = attach(model, DualSpeedConfig(**{**task.dualspeed, "seed": seed}))
+    with without_advice():
+        handle = attach(model, DualSpeedConfig(**{**task.dualspeed, "seed": seed}))
     side = task.sizes.image_size // task.sizes.patch_size
     entries = []
     for row in (task.test[number] for number in range(min(PICTURES, len(task.test)))):

@@ -103,7 +103,7 @@ def judge_arm(task: Task, trainer: Any, folder: Path, progress: Progress) -> dic
     pruned = None
     if trainer.dualspeed is not None:
         config = trainer.dualspeed.config
-        with _without_advice():
+        with without_advice():
             handle = attach(model, config)
         if handle.isolator is not None:
             handle.isolator.load(folder / "model")
@@ -152,7 +152,7 @@ def _make_trainer(
         dataloader_drop_last=True,
     )
     log = StepLog(arm.name, progress)
-    with _without_advice():
+    with without_advice():
         trainer = with_dualspeed(_Measured)(
             model=model,
             args=arguments,
@@ -168,7 +168,7 @@ def _make_trainer(
 
 
 @contextmanager
-def _without_advice() -> Iterator[None]:
+def without_advice() -> Iterator[None]:
     """Attach without the advice on slow_ratio=0 and fresh isolators: the arms are there to show what they cost."""
     logger = logging.getLogger("trimtab")
     level = logger.level
