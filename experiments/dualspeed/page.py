@@ -28,10 +28,13 @@ PARAGRAPHS = (
 
 
 def read_records(folder: Path) -> list[Record]:
-    """Read all records of the experiment."""
+    """Read all records of the experiment, arms in the order of the plan."""
+    from trimtab.quickstart.arms import ARMS
     from trimtab.records import read_record
 
-    return [read_record(path) for path in sorted(folder.glob("*/seed-*/*.json"))]
+    order = {name: number for number, name in enumerate(ARMS)}
+    paths = sorted(folder.glob("*/seed-*/*.json"), key=lambda p: (p.parts[-3], order.get(p.stem, -1), p.parts[-2]))
+    return [read_record(path) for path in paths]
 
 
 def table(records: Sequence[Record]) -> list[str]:

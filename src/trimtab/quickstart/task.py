@@ -139,6 +139,9 @@ def make_start(task: Task, seed: int, folder: Path, progress: Progress) -> None:
         folder: Where model and processor go.
         progress: Called with what is being done, how much is done and how much there is.
     """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading and saving a few megabytes, over and over
     place = prepare_output(folder, resume=True, settings={"seed": seed, **task.settings()})
     if place.finished:
         return
@@ -165,9 +168,7 @@ def make_start(task: Task, seed: int, folder: Path, progress: Progress) -> None:
 def open_start(folder: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load what `make_start` saved, with the stock classes; the vision tower is frozen."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # of loading a few megabytes, over and over
     model = LlavaForConditionalGeneration.from_pretrained(folder)
     model.model.vision_tower.requires_grad_(False)
     return model.train(), cast("LlavaProcessor", AutoProcessor.from_pretrained(folder))
