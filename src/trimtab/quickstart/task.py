@@ -59,7 +59,7 @@ class Task:
 
     def settings(self) -> dict[str, Any]:
         """Return what must be known to run the task again, as plain values."""
-        plain = ("name", "steps", "batch_size", "learning_rate", "turns", "dualspeed", "majority", "language_only")
+        plain = ("name", "steps", "batch_size", "learning_rate", "turns", "dualspeed")
         return {
             **{name: getattr(self, name) for name in plain},
             "sizes": asdict(self.sizes),
