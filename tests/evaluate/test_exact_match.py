@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -111,8 +112,41 @@ def test_counts_marks_families_and_wrong_answers(model, processor, rows):
     assert result["interval"][0] < 4 / 6 < result["interval"][1]
     assert {name: share["correct"] for name, share in result["families"].items()} == {"a": 2, "b": 2}
     assert [(w["row"], w["question"], w["answer"]) for w in result["wrong"]] == [(0, "w7", "never")]
-    assert steps == [(4, 6), (6, 6)]
+    assert steps == [(2, 3), (3, 3)]
     assert "predictions" not in result
+
+
+def test_no_rows_is_an_error(model, processor):
+    with pytest.raises(DataError, match="no rows came"):
+        exact_match(model, processor, [])
+
+
+def test_images_are_let_go_once_their_questions_are_answered(model, processor, rows):
+    import gc
+    import weakref
+
+    alive = []
+    most = 0
+
+    class Lazy(Sequence):
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, index):
+            if index >= len(self):
+                raise IndexError(index)
+            image = rows[index % 3]["image"].copy()
+            alive.append(weakref.ref(image))
+            return {"image": image, "questions": ["w1"], "answers": ["w2"]}
+
+    def count(*_):
+        nonlocal most
+        gc.collect()
+        most = max(most, sum(ref() is not None for ref in alive))
+
+    result = exact_match(model, processor, Lazy(), batch_size=2, max_new_tokens=2, progress=count)
+    assert result["number"] == 12
+    assert most <= 4, "at most the batch just answered and the one being gathered"
 
 
 def test_message_rows_and_text_only_rows(model, processor, rows):

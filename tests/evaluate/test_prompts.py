@@ -6,7 +6,6 @@ import pytest
 
 from trimtab.errors import DataError
 from trimtab.evaluate import prompts_of_row
-from trimtab.evaluate.prompts import prompts_of_rows
 
 
 def test_question_rows():
@@ -60,8 +59,3 @@ def test_message_rows_ask_every_turn_with_the_turns_before():
 def test_unusable_rows_are_named(row, words):
     with pytest.raises(DataError, match=words):
         prompts_of_row(row, 3)
-
-
-def test_no_rows_is_an_error():
-    with pytest.raises(DataError, match="no rows came"):
-        prompts_of_rows([])

@@ -14,11 +14,11 @@ from trimtab.quickstart.tasks import open_task, scenes_task
 def test_nlvr_patches_belong_to_the_object_that_covers_most() -> None:
     objects = [["yellow", "square", 20, 0, 0], ["blue", "circle", 10, 15, 0]]
     row = {"image": Image.new("RGB", (100, 100)), "objects": objects}
-    labels = nlvr_labels(row, 10).reshape(10, 10, 3)
+    labels = nlvr_labels(row, 10).reshape(10, 10, 5)
     yellow, blue = NLVR_COLOURS.index("yellow") + 1, NLVR_COLOURS.index("blue") + 1
-    assert labels[0, 0].tolist() == [yellow, 2, 2]
-    assert labels[1, 1].tolist() == [yellow, 2, 2], "the circle covers none of the second row"
-    assert labels[0, 2].tolist() == [blue, 1, 1], "half covered by the circle, not at all by the square"
+    assert labels[0, 0].tolist() == [yellow, 2, 2, 1, 1]
+    assert labels[1, 1].tolist() == [yellow, 2, 2, 2, 2], "the circle covers none of the second row"
+    assert labels[0, 2].tolist() == [blue, 1, 1, 1, 3], "half covered by the circle, not at all by the square"
     assert not labels[2:].any()
     assert not labels[:, 3:].any()
 

@@ -75,7 +75,7 @@ def evaluate(
     from trimtab.run.evaluate import evaluate as run
 
     settings = _load(context, config)
-    with show.only_json(as_json), show.progress_bar("questions") as progress:
+    with show.only_json(as_json), show.progress_bar("rows") as progress:
         record = run(
             settings, checkpoint, pruned=pruned, limit=limit, batch_size=batch_size,
             max_new_tokens=max_new_tokens, progress=progress,

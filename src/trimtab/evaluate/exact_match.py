@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import DataError, setting_error
@@ -41,19 +42,22 @@ def exact_match(
 
     Greedy, without beams; prompts are batched with padding on the left, by number of images and similar length. An
     image that several questions of a batch share passes through the vision tower once where the model's inputs
-    allow it (one row of pixels per image, features of equal form); the answers are the same either way.
+    allow it (one row of pixels per image, features of equal form); the answers are the same either way. Rows are read
+    as they are asked about and their images let go again, so that a large set needs no more memory than a small one.
 
     Args:
         model: A transformers model with `generate`; its mode and generation settings are restored at the end, also
             after an error.
         processor: Its processor, with a chat template; the padding side is restored likewise.
-        rows: Question rows or message rows, see `trimtab.evaluate.prompts.prompts_of_row`.
+        rows: Question rows or message rows, see `trimtab.evaluate.prompts.prompts_of_row`. A sequence that decodes
+            its images when a row is asked for is read row by row.
         batch_size: Questions per batch, at least 1.
         max_new_tokens: Tokens per answer at most, at least 1.
         prepare: Swaps the inputs of a batch for other ones, for example for the pruned view. It gets what the
             processor made, pixels included, on the model's device, and returns the arguments of `generate`, with
             ``input_ids`` or ``inputs_embeds``.
-        progress: Called after every batch with the questions done and the questions in all.
+        progress: Called after every batch with the rows read so far and the rows in all (what was read, where
+            the rows have no length).
         normalize: Applied to both answers before they are compared.
         predictions: Whether to return every generated answer.
         wrong_examples: How many wrong answers to return at most.
@@ -71,20 +75,21 @@ def exact_match(
         if value < 1:
             raise setting_error("exact_match", name, "at least 1", value)
     began = time.perf_counter()
-    prompts = prompts_of_rows(rows)
-    answers = [""] * len(prompts)
-    done = 0
+    total = len(rows) if isinstance(rows, Sized) else None
+    asked: list[Prompt] = []
+    answers: dict[int, str] = {}
     with _asking(model, processor):
-        for numbers in _batches(prompts, batch_size):
-            batch = [prompts[number] for number in numbers]
-            for number, answer in zip(numbers, _answer(model, processor, batch, max_new_tokens, prepare), strict=True):
-                answers[number] = answer
-            done += len(batch)
+        for numbers, batch in _batches(_numbered(prompts_of_rows(rows), asked), batch_size):
+            answers.update(zip(numbers, _answer(model, processor, batch, max_new_tokens, prepare), strict=True))
             if progress is not None:
-                progress(done, len(prompts))
-    result = _score(prompts, answers, normalize, wrong_examples)
+                read = asked[-1].row + 1
+                progress(read, total or read)
+    if not asked:
+        raise DataError("There is no question to ask: no rows came. Give at least one row.")
+    prompts, predicted = asked, [answers[number] for number in range(len(asked))]
+    result = _score(prompts, predicted, normalize, wrong_examples)
     result["seconds"] = round(time.perf_counter() - began, 3)
-    return {**result, "predictions": answers} if predictions else result
+    return {**result, "predictions": predicted} if predictions else result
 
 
 @contextmanager
@@ -106,14 +111,27 @@ def _asking(model: Any, processor: Any) -> Iterator[None]:
             module.training = mode
 
 
-def _batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
-    """Yield numbers of neighbouring prompts with equally many images; the questions of an image stay together."""
-    by_images: dict[int, list[int]] = {}
+def _numbered(prompts: Iterable[Prompt], asked: list[Prompt]) -> Iterator[tuple[int, Prompt]]:
+    """Yield prompts with their numbers, and keep of each what scoring needs: all but conversation and images."""
     for number, prompt in enumerate(prompts):
-        by_images.setdefault(len(prompt.images), []).append(number)
-    for numbers in by_images.values():
-        for first in range(0, len(numbers), batch_size):
-            yield numbers[first : first + batch_size]
+        asked.append(replace(prompt, messages=[], images=()))
+        yield number, prompt
+
+
+def _batches(numbered: Iterable[tuple[int, Prompt]], batch_size: int) -> Iterator[tuple[list[int], list[Prompt]]]:
+    """Yield neighbouring prompts with equally many images, and their numbers; questions of an image stay together."""
+    waiting: dict[int, list[tuple[int, Prompt]]] = {}
+    for number, prompt in numbered:
+        of_kind = waiting.setdefault(len(prompt.images), [])
+        of_kind.append((number, prompt))
+        if len(of_kind) == batch_size:
+            yield _parted(waiting.pop(len(prompt.images)))
+    for of_kind in waiting.values():
+        yield _parted(of_kind)
+
+
+def _parted(numbered: Sequence[tuple[int, Prompt]]) -> tuple[list[int], list[Prompt]]:
+    return [number for number, _ in numbered], [prompt for _, prompt in numbered]
 
 
 def _answer(

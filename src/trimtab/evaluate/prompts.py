@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,16 +33,14 @@ class Prompt:
     images: tuple[Any, ...]
 
 
-def prompts_of_rows(rows: Iterable[Mapping[str, Any]]) -> list[Prompt]:
-    """Return the prompts of all rows, in order.
+def prompts_of_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[Prompt]:
+    """Yield the prompts of all rows, in order, reading each row when its turn comes.
 
     Raises:
-        DataError: There are no rows, or one of them has no usable form; the message names its number.
+        DataError: A row has no usable form; the message names its number.
     """
-    prompts = [prompt for number, row in enumerate(rows) for prompt in prompts_of_row(row, number)]
-    if not prompts:
-        raise DataError("There is no question to ask: no rows came. Give at least one row.")
-    return prompts
+    for number, row in enumerate(rows):
+        yield from prompts_of_row(row, number)
 
 
 def prompts_of_row(row: Mapping[str, Any], number: int = 0) -> list[Prompt]:

@@ -36,17 +36,18 @@ def scene_labels(row: Mapping[str, Any], side: int) -> Labels:
 
 
 def nlvr_labels(row: Mapping[str, Any], side: int) -> Labels:
-    """Label the patches of an NLVR box with colour, shape and size.
+    """Label the patches of an NLVR box with colour, shape, size and place.
 
     Args:
         row: A row of `nlvr_one_box_rows`.
         side: Patches per row and column.
 
     Returns:
-        [side * side, 3], counted from 1, of the object that covers most of the patch (the later one where two cover
-        equally much); 0 where no object covers any of it.
+        [side * side, 5]: colour, shape and size, counted from 1, of the object that covers most of the patch (the
+        later one where two cover equally much), and row and column of the patch, counted from 1; 0 where no object
+        covers any of it.
     """
-    labels = np.zeros((side, side, 3), dtype=np.int64)
+    labels = np.zeros((side, side, 5), dtype=np.int64)
     covered = np.zeros((side, side))
     step = row["image"].width / side
     edges = np.arange(side + 1) * step
@@ -56,7 +57,9 @@ def nlvr_labels(row: Mapping[str, Any], side: int) -> Labels:
         area = down[:, None] * across[None, :]
         here = (area >= covered) & (area > 0)
         shown = (NLVR_COLOURS.index(colour) + 1, NLVR_SHAPES.index(shape) + 1, NLVR_SIZES.index(size) + 1)
-        labels[here], covered[here] = shown, area[here]
+        labels[here, :3], covered[here] = shown, area[here]
+    rows, columns = np.nonzero(covered > 0)
+    labels[rows, columns, 3], labels[rows, columns, 4] = rows + 1, columns + 1
     return labels.reshape(side * side, -1)
 
 

@@ -80,7 +80,7 @@ def nlvr_task(folder: str | Path) -> Task:
         majority=majority_accuracy(test, train),
         language_only=language_only_accuracy(train, test),
         sizes=SmallLlava(image_size=60, patch_size=6, tower_layers=3, layers=3, width=128),
-        tower=TowerFit(steps=400),
+        tower=TowerFit(steps=1200, batch_size=32),
         steps=2000,
         batch_size=32,
         learning_rate=2e-3,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ def evaluate(
         limit: Ask the questions of the first rows only.
         batch_size: Questions per batch.
         max_new_tokens: Tokens per answer at most.
-        progress: Called with questions done and in all; starts again for the second pass.
+        progress: Called with rows done and in all; starts again for the second pass.
 
     Returns:
         The record, kind "eval", also written below the directory: ``full`` and, if asked, ``pruned``, each as
@@ -59,7 +58,7 @@ def evaluate(
     if not config.eval_files:
         raise SettingError("eval needs eval_files, but the run file has none. Add `eval_files: test.jsonl`.")
     directory = Path(checkpoint or config.output_dir)
-    rows = list(islice(load_rows_of(config.eval_files, config), limit))
+    rows = _first(load_rows_of(config.eval_files, config), limit)
     model, processor = load_trained(directory, config)
     started = datetime.now(timezone.utc)
     ask: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "progress": progress}
@@ -73,6 +72,13 @@ def evaluate(
     write_record(directory / RECORD_FILE, record)
     _write_arm(directory, config, results)
     return record
+
+
+def _first(rows: Any, limit: int | None) -> Any:
+    """Return the first rows without reading any of them."""
+    from torch.utils.data import Subset
+
+    return rows if limit is None else Subset(rows, range(min(limit, len(rows))))
 
 
 @contextmanager
