@@ -68,10 +68,9 @@ class QuestionRows(Sequence[dict[str, Any]]):
         entry = self._entries[index]
         with Image.open(io.BytesIO(entry.png)) as opened:
             image = opened.convert("RGB")
-        row = {"image": image.crop(entry.crop) if entry.crop else image, **_texts(entry)}
-        return row if entry.objects is None else {**row, "objects": json.loads(entry.objects)}
+        return {"image": image.crop(entry.crop) if entry.crop else image, **_texts(entry)}
 
-    def texts(self) -> Iterator[dict[str, list[str]]]:
+    def texts(self) -> Iterator[dict[str, Any]]:
         """Yield every row without its image, so that nothing is decoded."""
         return (_texts(entry) for entry in self._entries)
 
@@ -81,8 +80,9 @@ class QuestionRows(Sequence[dict[str, Any]]):
         return sum(len(entry.questions) for entry in self._entries)
 
 
-def _texts(entry: _Entry) -> dict[str, list[str]]:
-    return {"questions": list(entry.questions), "answers": list(entry.answers), "families": list(entry.families)}
+def _texts(entry: _Entry) -> dict[str, Any]:
+    texts = {"questions": list(entry.questions), "answers": list(entry.answers), "families": list(entry.families)}
+    return texts if entry.objects is None else {**texts, "objects": json.loads(entry.objects)}
 
 
 def easy_vqa_rows(folder: str | Path, split: str) -> QuestionRows:

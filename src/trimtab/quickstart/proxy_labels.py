@@ -13,6 +13,16 @@ from trimtab.data.scenes import COLOURS, DIGITS, QUADRANTS
 Labels = NDArray[np.int64]
 
 NLVR_COLOURS, NLVR_SHAPES, NLVR_SIZES = ("black", "blue", "yellow"), ("circle", "square", "triangle"), (10, 20, 30)
+NLVR_SIDE, NLVR_PATCHES = 100, 10
+"""Pixels of an NLVR box, and patches per side that its places are named by."""
+NLVR_WORDS = (
+    NLVR_COLOURS,
+    NLVR_SHAPES,
+    ("small", "medium", "large"),
+    tuple(f"row{number}" for number in range(1, NLVR_PATCHES + 1)),
+    tuple(f"column{number}" for number in range(1, NLVR_PATCHES + 1)),
+)
+"""The word of every class of `nlvr_labels`, for ten patches per side."""
 EASY_SHAPES = ("circle", "rectangle", "triangle")
 EASY_COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
@@ -61,6 +71,24 @@ def nlvr_labels(row: Mapping[str, Any], side: int) -> Labels:
     rows, columns = np.nonzero(covered > 0)
     labels[rows, columns, 3], labels[rows, columns, 4] = rows + 1, columns + 1
     return labels.reshape(side * side, -1)
+
+
+def nlvr_told(row: Mapping[str, Any]) -> list[list[str]]:
+    """Name the objects of an NLVR box by colour, shape, size, and row and column of their middle.
+
+    Args:
+        row: A row of `nlvr_one_box_rows`, with or without its image.
+
+    Returns:
+        Five words of `NLVR_WORDS` per object.
+    """
+    step = NLVR_SIDE / NLVR_PATCHES
+    told = []
+    for colour, shape, size, left, top in row["objects"]:
+        across, down = (min(NLVR_PATCHES - 1, int((corner + size / 2) / step)) for corner in (left, top))
+        classes = (NLVR_COLOURS.index(colour), NLVR_SHAPES.index(shape), NLVR_SIZES.index(size), down, across)
+        told.append([kind[number] for kind, number in zip(NLVR_WORDS, classes, strict=True)])
+    return told
 
 
 def easy_vqa_labels(row: Mapping[str, Any], side: int) -> Labels:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +12,14 @@ import numpy as np
 
 from trimtab.data.scenes import conversation
 from trimtab.files import prepare_output
+from trimtab.quickstart.language import (
+    LanguageFit,
+    PatchWords,
+    ToldObjects,
+    fit_language,
+    fit_projector,
+    tell_scene,
+)
 from trimtab.quickstart.model import SmallLlava, build_model, build_processor, collect_words
 from trimtab.quickstart.tower import Labels, TowerFit, fit_tower
 
@@ -41,6 +49,9 @@ class Task:
         learning_rate: Peak learning rate (AdamW, cosine, warm-up over the first tenth).
         turns: Questions per conversation at most; an image with more gives several conversations.
         dualspeed: Settings of DualSpeed that differ from its defaults, for all arms of the task.
+        language: How the language model is taught before it sees images, or None where it starts from scratch.
+        told_objects: Words for every object of a row without its image; needed for `language`.
+        patch_words: The word of every class of every kind of `patch_labels`; needed for `language`.
     """
 
     name: str
@@ -56,6 +67,9 @@ class Task:
     learning_rate: float
     turns: int
     dualspeed: dict[str, Any] = field(default_factory=dict)
+    language: LanguageFit | None = None
+    told_objects: ToldObjects | None = None
+    patch_words: PatchWords = ()
 
     def settings(self) -> dict[str, Any]:
         """Return what must be known to run the task again, as plain values."""
@@ -64,6 +78,7 @@ class Task:
             **{name: getattr(self, name) for name in plain},
             "sizes": asdict(self.sizes),
             "tower": asdict(self.tower),
+            **({"language": asdict(self.language)} if self.language else {}),
             "train_images": len(self.train),
             "test_images": len(self.test),
         }
@@ -145,7 +160,8 @@ def make_start(task: Task, seed: int, folder: Path, progress: Progress) -> None:
     place = prepare_output(folder, resume=True, settings={"seed": seed, **task.settings()})
     if place.finished:
         return
-    processor = build_processor(task.sizes, collect_words(_texts(task.train)) + collect_words(_texts(task.test)))
+    words = collect_words(_texts(task.train)) + collect_words(_texts(task.test))
+    processor = build_processor(task.sizes, words + [word for kind in task.patch_words for word in kind])
     model = build_model(task.sizes, processor.tokenizer, seed=seed)
     side = task.sizes.image_size // task.sizes.patch_size
     rows = _shown(task, progress)
@@ -156,13 +172,35 @@ def make_start(task: Task, seed: int, folder: Path, progress: Progress) -> None:
     pixels = processor.image_processor(
         [r["image"] for r, ok in zip(rows, whole, strict=True) if ok], return_tensors="pt"
     )
-    fit = TowerFit(**{**asdict(task.tower), "seed": seed})
+    fit = replace(task.tower, seed=seed)
     fit_tower(
         model, pixels["pixel_values"], labels[whole], fit, lambda step, _: progress("vision tower", step, fit.steps)
     )
+    if task.language is not None:
+        _teach(task, model, processor.tokenizer, pixels["pixel_values"], labels[whole], seed, progress)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     place.finish()
+
+
+def _teach(
+    task: Task, model: Any, tokenizer: Any, pixels: torch.Tensor, labels: Labels, seed: int, progress: Progress
+) -> None:
+    """Teach the language model on scenes in words, and align the projector to its words."""
+    assert task.language is not None
+    assert task.told_objects is not None
+    fit = replace(task.language, seed=seed)
+    scenes = [tell_scene(row, task.told_objects(row), tokenizer) for row in _texts(task.train)]
+    fit_language(model, tokenizer, scenes, fit, lambda step, _: progress("language model", step, fit.steps))
+    fit_projector(
+        model,
+        tokenizer,
+        pixels,
+        labels,
+        task.patch_words,
+        fit,
+        lambda step, _: progress("projector", step, fit.projector_steps),
+    )
 
 
 def open_start(folder: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:

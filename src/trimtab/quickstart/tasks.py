@@ -8,15 +8,16 @@ from pathlib import Path
 from trimtab.data.question_sets import easy_vqa_rows, language_only_accuracy, majority_accuracy, nlvr_one_box_rows
 from trimtab.data.scenes import make_scenes
 from trimtab.errors import SettingError, near_miss
+from trimtab.quickstart.language import LanguageFit
 from trimtab.quickstart.model import SmallLlava
-from trimtab.quickstart.proxy_labels import easy_vqa_labels, nlvr_labels, scene_labels
+from trimtab.quickstart.proxy_labels import NLVR_WORDS, easy_vqa_labels, nlvr_labels, nlvr_told, scene_labels
 from trimtab.quickstart.task import Task
 from trimtab.quickstart.tower import TowerFit
 
 SCENES_TRAIN, SCENES_TEST = 3000, 400
 EASY_VQA_TEST = 500
 """Test images that are asked about: the first so many, with 4,800 questions, to bound the time of the experiment."""
-NLVR_TRAIN, NLVR_TEST = 12_000, 1_000
+NLVR_TRAIN, NLVR_TEST = 12_000, 500
 
 
 def scenes_task(seed: int = 0) -> Task:
@@ -81,10 +82,13 @@ def nlvr_task(folder: str | Path) -> Task:
         language_only=language_only_accuracy(train, test),
         sizes=SmallLlava(image_size=60, patch_size=6, tower_layers=3, layers=3, width=128),
         tower=TowerFit(steps=1200, batch_size=32),
-        steps=2000,
+        steps=600,
         batch_size=32,
-        learning_rate=2e-3,
+        learning_rate=1e-3,
         turns=6,
+        language=LanguageFit(steps=1200),
+        told_objects=nlvr_told,
+        patch_words=NLVR_WORDS,
     )
 
 

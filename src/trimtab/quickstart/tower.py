@@ -92,7 +92,7 @@ def fit_tower(
     head = _linear_head(tower.config.hidden_size, sum(kinds), generator)
     tower.requires_grad_(True)
     optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], settings.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, settings.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, settings.steps))
     losses = []
     for step in range(settings.steps):
         chosen = torch.randint(len(target), (settings.batch_size,), generator=generator)
@@ -135,7 +135,8 @@ def _patch_loss(logits: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.T
     return (torch.stack(per_kind).mean(0) * weight.flatten()).sum() / 2
 
 
-def _warm_cosine(step: int, steps: int) -> float:
+def warm_cosine(step: int, steps: int) -> float:
+    """Return the factor on the learning rate: rising over the first tenth of the steps, then a cosine down to 0."""
     warm = max(1, steps // 10)
     if step < warm:
         return (step + 1) / warm
