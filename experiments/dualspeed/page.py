@@ -2,7 +2,8 @@
 
     python experiments/dualspeed/page.py
 
-Also prints the table of means over seeds, one line per task and arm, and puts it into the README between its marks.
+Also prints the table of means over seeds, one line per task and arm, and puts it into the README beside this file, its
+main arms into the README of the project, both between marks.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ HERE = Path(__file__).parent
 Record = dict[str, Any]
 BEGIN = "<!-- results: made by `python experiments/dualspeed/page.py`; a test compares -->"
 END = "<!-- /results -->"
+
+MAIN_ARMS = ("full", "full_equal_time", "pruned", "dualspeed")
+"""Arms of the README of the project; the one of the experiment lists all."""
 
 PARAGRAPHS = (
     "All arms of a task and seed start from one small LLaVA with a fitted, frozen vision tower, see equally many "
@@ -37,8 +41,13 @@ def read_records(folder: Path) -> list[Record]:
     return [read_record(path) for path in paths]
 
 
-def table(records: Sequence[Record]) -> list[str]:
-    """Return lines of a Markdown table: means over seeds, ratios against the full arm of the same seed."""
+def table(records: Sequence[Record], names: Sequence[str] | None = None) -> list[str]:
+    """Return lines of a Markdown table: means over seeds, ratios against the full arm of the same seed.
+
+    Args:
+        records: Records of the experiment.
+        names: Arms to show, in this order; None for all, in the order of the plan.
+    """
     arms = [record for record in records if record["kind"] == "arm"]
     full = {(r["results"]["dataset"], r["seed"]): r["results"] for r in arms if r["results"]["arm"] == "full"}
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
@@ -49,7 +58,11 @@ def table(records: Sequence[Record]) -> list[str]:
         "| task | arm | seeds | full images | of full | pruned images | time of full |",
         "|---|---|---|---|---|---|---|",
     ]
-    for (task, arm), found in groups.items():
+    shown = groups if names is None else [(t, a) for t in dict.fromkeys(t for t, _ in groups) for a in names]
+    for task, arm in shown:
+        found = groups.get((task, arm), [])
+        if not found:
+            continue
         base = [full[task, record["seed"]] for record in found]
         score = [record["results"]["accuracy_full"]["accuracy"] for record in found]
         kept = [s / b["accuracy_full"]["accuracy"] for s, b in zip(score, base, strict=True)]
@@ -87,7 +100,8 @@ def main() -> None:
 
     records = read_records(arguments.records)
     lines = table(records)
-    write_between_marks(HERE.parents[1] / "README.md", lines)
+    write_between_marks(HERE / "README.md", lines)
+    write_between_marks(HERE.parents[1] / "README.md", table(records, MAIN_ARMS))
     print("\n".join(lines))
     print(render_experiment(records, arguments.out, paragraphs=PARAGRAPHS))
 

@@ -1,4 +1,4 @@
-"""The README's results are those of the kept records."""
+"""The results in the documents are those of the kept records."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ def page() -> ModuleType:
     return module
 
 
-def test_the_readme_shows_the_table_of_the_records(page: ModuleType) -> None:
-    lines = page.table(page.read_records(ROOT / "experiments" / "dualspeed" / "records"))
+@pytest.mark.parametrize("document", ["README.md", "experiments/dualspeed/README.md"])
+def test_the_documents_show_the_tables_of_the_records(page: ModuleType, document: str) -> None:
+    records = page.read_records(ROOT / "experiments" / "dualspeed" / "records")
+    lines = page.table(records, page.MAIN_ARMS if document == "README.md" else None)
     assert len(lines) > 2, "the experiment has records"
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "\n".join([page.BEGIN, *lines, page.END]) in readme
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert "\n".join([page.BEGIN, *lines, page.END]) in text
 
 
 def test_what_stands_between_the_marks_is_replaced_and_nothing_else(page: ModuleType, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimtab.errors import setting_error
+from trimtab.quickstart.fitting import make_optimizer, update
 
 if TYPE_CHECKING:
     import torch
@@ -91,18 +92,14 @@ def fit_tower(
     kinds = [int(target[..., kind].max()) + 1 for kind in range(target.shape[-1])]
     head = _linear_head(tower.config.hidden_size, sum(kinds), generator)
     tower.requires_grad_(True)
-    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], settings.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, settings.steps))
+    trained = [*tower.parameters(), *head.parameters()]
+    optimizer, schedule = make_optimizer(trained, settings.learning_rate, settings.steps)
     losses = []
     for step in range(settings.steps):
         chosen = torch.randint(len(target), (settings.batch_size,), generator=generator)
         logits = head(patch_features(model, pixel_values[chosen]))
         loss = _patch_loss(logits.split(kinds, dim=-1), target[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        update(loss, [*tower.parameters()], optimizer, schedule)
         losses.append(loss.item())
         if on_step is not None:
             on_step(step + 1, losses[-1])
@@ -133,11 +130,3 @@ def _patch_loss(logits: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.T
         for kind, one in enumerate(logits)
     ]
     return (torch.stack(per_kind).mean(0) * weight.flatten()).sum() / 2
-
-
-def warm_cosine(step: int, steps: int) -> float:
-    """Return the factor on the learning rate: rising over the first tenth of the steps, then a cosine down to 0."""
-    warm = max(1, steps // 10)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + float(np.cos(np.pi * (step - warm) / max(1, steps - warm))))
