@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 import trimtab
 from trimtab import DualSpeedConfig
 from trimtab.anatomy import families
+from trimtab.dualspeed.attach import DualSpeedHandle
 from trimtab.errors import (
     HostLibraryError,
     SettingError,
@@ -407,6 +408,28 @@ def test_annealed_without_length_is_refused_outside_a_trainer(llava: Any, tmp_pa
     )  # fmt: skip
     trainer.train()
     assert sum(trainer.dualspeed.metrics()[f"steps_{mode}"] for mode in ("fast", "slow")) == 2
+
+
+def test_a_second_training_spreads_an_annealed_schedule_anew(llava: Any) -> None:
+    handle = DualSpeedHandle(llava, DualSpeedConfig(schedule="annealed"))
+    for steps in (20, 50):
+        handle.spread_over(steps)
+        assert handle.config.total_steps == steps
+    handle.detach()
+    fixed = DualSpeedHandle(llava, DualSpeedConfig(schedule="annealed", total_steps=30))
+    fixed.spread_over(20)
+    assert fixed.config.total_steps == 30
+    fixed.detach()
+
+
+def test_resuming_with_other_settings_is_told(llava: Any, tmp_path: Path) -> None:
+    with attached(llava, keep_ratio=0.5) as handle:
+        handle.save_pretrained(tmp_path)
+    with attached(llava, keep_ratio=0.25) as handle, pytest.warns(TrimtabWarning, match="keep_ratio=0.5, now 0.25"):
+        handle.load_pretrained(tmp_path)
+    with attached(llava, keep_ratio=0.5) as handle, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        handle.load_pretrained(tmp_path)
 
 
 def test_side_files_are_not_written_over_a_file(llava: Any, tmp_path: Path) -> None:

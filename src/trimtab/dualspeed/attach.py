@@ -132,6 +132,7 @@ class DualSpeedHandle:
             )
         self._model = model
         self.config = config
+        self._length_open = config.total_steps is None
         self.accumulation_steps = accumulation_steps
         self.optimizer_step: Callable[[], int] | None = None
         self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
@@ -196,8 +197,11 @@ class DualSpeedHandle:
         )
 
     def spread_over(self, total_steps: int) -> None:
-        """Set the number of steps that an annealed schedule spreads over, where the settings leave it open."""
-        if self.config.schedule == "annealed" and self.config.total_steps is None:
+        """Set the number of steps that an annealed schedule spreads over, where the settings leave it open.
+
+        A second call, as a second training makes it, sets it anew.
+        """
+        if self.config.schedule == "annealed" and self._length_open:
             self.config = replace(self.config, total_steps=total_steps)
 
     def prune_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,6 +253,9 @@ class DualSpeedHandle:
         Raises:
             OutputError: A file is missing.
             SettingError: The isolator has another shape.
+
+        Warns:
+            TrimtabWarning: Other settings differ from those of the side files.
         """
         source = Path(folder)
         state = read_json(source / SIDE_FILE)
@@ -257,6 +264,14 @@ class DualSpeedHandle:
             raise SettingError(
                 f"{source} was written with isolator_tokens={stored.isolator_tokens}, but this run has "
                 f"isolator_tokens={self.config.isolator_tokens}. Resume with the settings of the first run."
+            )
+        changed = _changed_settings(stored, self.config)
+        if changed:
+            warnings.warn(
+                f"{source} was written with other settings: {', '.join(changed)}. The run goes on with the new "
+                "ones, so it will not be the run that was interrupted.",
+                TrimtabWarning,
+                stacklevel=2,
             )
         if self.isolator is not None:
             self.isolator.load(source)
@@ -513,6 +528,13 @@ class DualSpeedHandle:
 def _at_least_one(items: Tensor | int) -> Tensor | int:
     """Where nothing at all is supervised the sum is 0, and so shall the loss be."""
     return items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
+
+
+def _changed_settings(stored: DualSpeedConfig, now: DualSpeedConfig) -> list[str]:
+    """Say which settings differ, but for those that only tell where a run began or how long it is."""
+    before, after = stored.to_dict(), now.to_dict()
+    names = [name for name in after if name not in ("isolator_from", "total_steps") and before[name] != after[name]]
+    return [f"{name}={before[name]!r}, now {after[name]!r}" for name in names]
 
 
 def _require_room_for_isolator(config: DualSpeedConfig) -> None:
