@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from tests.quickstart.small import SIZES
+from tests.quickstart.small import SIZES, small_task
 
+from trimtab.data.scenes import COLOURS, DIGITS, QUADRANTS
 from trimtab.errors import DataError, SettingError
 from trimtab.quickstart.language import (
     LanguageFit,
@@ -17,6 +20,7 @@ from trimtab.quickstart.language import (
 )
 from trimtab.quickstart.model import build_model, build_processor
 from trimtab.quickstart.proxy_labels import NLVR_WORDS, nlvr_labels, nlvr_told
+from trimtab.quickstart.task import make_start, open_start
 
 WORDS = (("red", "blue"), ("ball", "cube"))
 
@@ -105,6 +109,32 @@ def test_the_projector_comes_to_speak_in_words(model, tokenizer):
     wanted = torch.stack([embeddings[model.config.image_token_id], red + ball, blue + ball])
     nearest = torch.cdist(torch.stack(list(features)).flatten(0, 1), wanted).argmin(-1)
     assert (nearest == colours.flatten()).float().mean() > 0.95
+
+
+def test_a_task_may_teach_its_common_start(tmp_path):
+    task = small_task()
+    told = replace(
+        task,
+        train=[task.train[number] for number in range(len(task.train))],
+        language=LanguageFit(steps=3, batch_size=4, projector_steps=2),
+        told_objects=lambda row: [[o["digit"], o["colour"], o["quadrant"]] for o in row["objects"]],
+        patch_words=(DIGITS, tuple(COLOURS), QUADRANTS),
+    )
+    done = {}
+    make_start(task, 0, tmp_path / "plain", lambda *_: None)
+    make_start(told, 0, tmp_path / "told", lambda what, step, _: done.update({what: step}))
+    assert (done["language model"], done["projector"]) == (3, 2)
+    assert "language" in told.settings()
+    assert "language" not in task.settings(), "what made a start before means the same start now"
+    plain, _ = open_start(tmp_path / "plain")
+    taught, processor = open_start(tmp_path / "told")
+    assert processor.tokenizer.unk_token_id not in processor.tokenizer.convert_tokens_to_ids([*DIGITS, *QUADRANTS])
+    ends = taught.state_dict()
+    shared = [
+        (name, torch.equal(value, ends[name])) for name, value in plain.state_dict().items() if ".layers.0" in name
+    ]
+    assert all(equal for name, equal in shared if "vision_tower" in name), "the tower is fitted as without teaching"
+    assert not any(equal for name, equal in shared if "language_model" in name and "proj" in name)
 
 
 def test_words_must_fit_the_labels(model, tokenizer):
