@@ -17,7 +17,8 @@ HERE = Path(__file__).parent
 PLAN = (
     "full", "pruned", "dualspeed", "dualspeed_no_isolator", "dualspeed_no_kl", "dualspeed_random", "full_equal_time",
     "dualspeed_slow_0", "dualspeed_slow_5", "dualspeed_slow_20", "dualspeed_slow_30", "dualspeed_keep_5",
-    "dualspeed_keep_20", "dualspeed_keep_40", "dualspeed_annealed", "dualspeed_annealed_20", "mixed",
+    "dualspeed_keep_20", "dualspeed_keep_40", "dualspeed_annealed", "dualspeed_annealed_20",
+    "dualspeed_annealed_15_no_kl", "mixed",
 )  # fmt: skip
 """The arms A to H of the plan, and the mix without isolator and KL."""
 

@@ -50,6 +50,8 @@ ARMS: dict[str, Arm] = {
         Arm("dualspeed_slow_30", "H", "DualSpeed with 30 % slow steps", {"slow_ratio": 0.3}),
         Arm("dualspeed_annealed", "H", "DualSpeed, slow steps mostly late", {"schedule": "annealed"}),
         Arm("dualspeed_annealed_20", "H", "20 % slow steps, mostly late", {"schedule": "annealed", "slow_ratio": 0.2}),
+        Arm("dualspeed_annealed_15_no_kl", "H", "15 % slow steps, mostly late, without distillation",
+            {"schedule": "annealed", "slow_ratio": 0.15, "kl_weight": 0.0}),
         Arm("dualspeed_keep_5", "H", "DualSpeed keeping 5 %", {"keep_ratio": 0.05}),
         Arm("dualspeed_keep_20", "H", "DualSpeed keeping 20 %", {"keep_ratio": 0.2}),
         Arm("dualspeed_keep_40", "H", "DualSpeed keeping 40 %", {"keep_ratio": 0.4}),
