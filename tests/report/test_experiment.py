@@ -10,7 +10,7 @@ from tests.report.test_page import Page
 
 from trimtab.report import render_experiment
 from trimtab.report.experiment import group_arms, ratios, retention_curve
-from trimtab.report.rows import arms_of, duration, label_of
+from trimtab.report.rows import arms_of, color_of, duration, label_of, settings_table
 
 
 @pytest.fixture
@@ -96,3 +96,32 @@ def test_durations(seconds, words):
 )
 def test_labels(arm_name, words):
     assert label_of(arm_name) == words
+
+
+def test_settings_name_who_departs_by_data_set(arm):
+    names = ("dualspeed", "dualspeed_keep_5", "dualspeed_keep_20", "dualspeed_annealed", "pruned", "full")
+    kept = {"dualspeed_keep_5": 0.05, "dualspeed_keep_20": 0.2}
+    records = [arm(name, 80, 9.0, keep_ratio=kept.get(name, 0.1)) for name in names if name != "full"]
+    records += [arm("full", 80, 9.0), arm("dualspeed", 80, 9.0, keep_ratio=0.3, dataset="other")]
+    for record in records:
+        record["settings"]["majority"] = 0.5
+    told = dict(settings_table(records))
+    assert told["dualspeed.keep_ratio"] == (
+        "scenes: 0.1; 0.05 (DualSpeed, keep 5); 0.2 (DualSpeed, keep 20). other: 0.3"
+    )
+    assert "majority" not in told, "what the data give away is no setting"
+
+
+def test_arms_are_in_the_order_of_their_numbers(arm):
+    names = ["dualspeed_slow_5", "dualspeed_slow_30", "mixed", "dualspeed_keep_20", "dualspeed_keep_5", "full"]
+    order = [r["results"]["arm"] for r in arms_of([arm(name, 80, 9.0) for name in names])["scenes"]]
+    wanted = ["full", "dualspeed_keep_5", "dualspeed_keep_20", "dualspeed_slow_5", "dualspeed_slow_30", "mixed"]
+    assert order == wanted
+
+
+def test_many_arms_share_one_colour_instead_of_repeating_several(arm, tmp_path):
+    names = ["full", "dualspeed", *(f"dualspeed_keep_{share}" for share in range(1, 7))]
+    text = render_experiment([arm(name, 80, 9.0) for name in names], tmp_path / "page.html").read_text()
+    assert text.count("other arms") == 1
+    assert color_of("dualspeed_keep_1", names) == color_of("dualspeed_keep_6", names)
+    assert color_of("dualspeed_keep_1", names[:5]) != color_of("dualspeed_keep_2", names[:5])

@@ -65,9 +65,14 @@ class Line:
 
 
 def arm_color(arm: str, others: Sequence[str] = ()) -> str:
-    """Return the colour of an arm: its own, or one by its place among the others."""
+    """Return the colour of an arm: its own, or one by its place among the others, or one for all where these are many.
+
+    Where colours would repeat, they would say that two arms belong together which do not.
+    """
     if arm in ARM_COLORS:
         return ARM_COLORS[arm]
+    if len(others) > len(OTHER_COLORS):
+        return OTHER_COLORS[0]
     place = list(others).index(arm) if arm in others else 0
     return OTHER_COLORS[place % len(OTHER_COLORS)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,13 +171,16 @@ def _accuracy_chart(groups: Sequence[Group], names: Sequence[str], floor: Mappin
 
 def _time_chart(groups: Sequence[Group], names: Sequence[str], dataset: str) -> str:
     """Return accuracy over training time: a point per group, or a line where records carry a curve."""
+    used = Counter(rows.color_of(name, names) for name in names)
+    shared = {color for color, count in used.items() if count > 1}
     lines = []
     for group in groups:
         points = _mean_curve(group.records)
         seconds, accuracies = zip(*points, strict=True)
         color = rows.color_of(group.arm, names)
         kept = [100 * accuracy for accuracy in accuracies]
-        lines.append(Line(rows.label_of(group.arm), seconds, kept, color=color, points=True))
+        label = rows.label_of(group.arm) if color not in shared else "other arms"
+        lines.append(Line(label, seconds, kept, color=color, points=True))
     title = f"Accuracy against time on {dataset}"
     return line_chart(lines, title, x_label="training time (s)", y_label="accuracy on full images (%)")
 

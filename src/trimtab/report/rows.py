@@ -17,6 +17,11 @@ Record = Mapping[str, Any]
 ARM_LABELS = {"full": "Full tokens", "pruned": "Pruned only", "dualspeed": "DualSpeed"}
 ARM_ORDER = tuple(ARM_LABELS)
 _ARM_FIELDS = ("arm", "seconds_train", "samples", "steps", "accuracy_full", "dataset")
+FEW = 3
+"""So many arms at most are named beside a setting that not all arms have."""
+_COMPUTED = ("name", "majority", "language_only")
+"""What older records list among their settings, though it is known from the data set."""
+
 _WORDS = {
     "keep_ratio": "keep ratio", "slow_ratio": "slow ratio", "isolator_tokens": "isolator", "kl_weight": "KL weight",
     "pruner": "pruner", "schedule": "schedule", "positions": "positions",
@@ -136,11 +141,11 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def settings_table(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Return name and value of every setting of the arms; where arms differ, the value of each."""
+    """Return name and value of every setting of the arms; where arms differ, the commonest value and who departs."""
     arms = sorted((record for record in records if record["kind"] == "arm"), key=_rank)
-    flat = [(label_of(str(record["results"]["arm"])), _flat(record["settings"])) for record in arms]
-    names = list(dict.fromkeys(name for _, values in flat for name in values))
-    return [(name, _values(name, flat)) for name in names]
+    flat = [(str(r["results"]["dataset"]), label_of(str(r["results"]["arm"])), _flat(r["settings"])) for r in arms]
+    names = dict.fromkeys(name for _, _, values in flat for name in values)
+    return [(name, _values(name, flat)) for name in names if name not in _COMPUTED]
 
 
 def machine_table(records: Sequence[Record]) -> list[tuple[str, str]]:
@@ -158,9 +163,11 @@ def machine_table(records: Sequence[Record]) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
-def _rank(record: Record) -> tuple[int, str, str]:
+def _rank(record: Record) -> tuple[int, list[tuple[bool, int, str]], str]:
+    """Return the main arms first, then the others by name, numbers in it by size."""
     arm = str(record["results"]["arm"])
-    return (ARM_ORDER.index(arm) if arm in ARM_ORDER else len(ARM_ORDER), arm, str(record["seed"]))
+    parts = [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in arm.split("_")]
+    return (ARM_ORDER.index(arm) if arm in ARM_ORDER else len(ARM_ORDER), parts, str(record["seed"]))
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -173,18 +180,30 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _values(name: str, flat: Sequence[tuple[str, Mapping[str, str]]]) -> str:
-    """Return one value where all arms agree, else the values by arm."""
-    by_arm: dict[str, list[str]] = {}
+def _values(name: str, flat: Sequence[tuple[str, str, Mapping[str, str]]]) -> str:
+    """Return the value of a setting, by data set where these differ."""
+    told = {}
+    for dataset in dict.fromkeys(dataset for dataset, _, _ in flat):
+        of_set = [(arm, values) for place, arm, values in flat if place == dataset]
+        if any(name in values for _, values in of_set):
+            told[dataset] = _values_of_set(name, of_set)
+    if len(set(told.values())) == 1:
+        return next(iter(told.values()))
+    return ". ".join(f"{dataset}: {words}" for dataset, words in told.items())
+
+
+def _values_of_set(name: str, flat: Sequence[tuple[str, Mapping[str, str]]]) -> str:
+    """Return the commonest value among the arms of one data set, then the others with their arms."""
+    arms: dict[str, list[str]] = {}
     for arm, values in flat:
-        if name in values and values[name] not in by_arm.setdefault(arm, []):
-            by_arm[arm].append(values[name])
-    told = {tuple(sorted(values)) for values in by_arm.values() if values}
-    if len(told) > 1:
-        return "; ".join(f"{arm}: {', '.join(values)}" for arm, values in by_arm.items() if values)
-    holders = [arm for arm, values in by_arm.items() if values]
-    only = "" if {arm for arm, _ in flat} == set(holders) else f" ({', '.join(holders)})"
-    return ", ".join(told.pop()) + only
+        if name in values and arm not in arms.setdefault(values[name], []):
+            arms[values[name]].append(arm)
+    common = max(arms, key=lambda value: len(arms[value]))
+    everyone = {arm for arm, _ in flat}
+    holders = {arm for found in arms.values() for arm in found}
+    only = f" ({', '.join(arms[common])})" if holders != everyone and len(holders) <= FEW else ""
+    others = [f"{value} ({', '.join(found)})" for value, found in arms.items() if value != common]
+    return "; ".join([common + only, *others])
 
 
 def _distinct(values: Any) -> str:
