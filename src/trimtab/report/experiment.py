@@ -181,6 +181,7 @@ def _time_chart(groups: Sequence[Group], names: Sequence[str], dataset: str) -> 
         kept = [100 * accuracy for accuracy in accuracies]
         label = rows.label_of(group.arm) if color not in shared else "other arms"
         lines.append(Line(label, seconds, kept, color=color, points=True))
+    lines.sort(key=lambda line: line.color not in shared)  # the named ones on top of the others
     title = f"Accuracy against time on {dataset}"
     return line_chart(lines, title, x_label="training time (s)", y_label="accuracy on full images (%)")
 

@@ -19,8 +19,8 @@ ARM_ORDER = tuple(ARM_LABELS)
 _ARM_FIELDS = ("arm", "seconds_train", "samples", "steps", "accuracy_full", "dataset")
 FEW = 3
 """So many arms at most are named beside a setting that not all arms have."""
-_COMPUTED = ("name", "majority", "language_only")
-"""What older records list among their settings, though it is known from the data set."""
+_COMPUTED = ("name", "arm", "majority", "language_only")
+"""What records list among their settings, though tables and headings tell it."""
 
 _WORDS = {
     "keep_ratio": "keep ratio", "slow_ratio": "slow ratio", "isolator_tokens": "isolator", "kl_weight": "KL weight",
