@@ -26,6 +26,8 @@ MAIN_ARMS = ("full", "full_equal_time", "pruned", "dualspeed")
 PARAGRAPHS = (
     "All arms of a task and seed start from one small LLaVA with a fitted, frozen vision tower, see equally many "
     "samples (the arm of equal time excepted), and are judged on full images by greedy generation and exact match.",
+    "For one-box NLVR that shared start is also taught language: its language model has learnt to answer about scenes "
+    "told in words, and its projector to put patches into these words, before any arm trains on images.",
     "Arms are named for what they change against DualSpeed with the paper's settings (10 % kept, 10 % slow steps, "
     "four isolator rows, KL weight and temperature 1, max-min diversity); modes are stratified by optimizer step.",
 )

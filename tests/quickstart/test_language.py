@@ -48,9 +48,12 @@ def test_a_scene_is_told_in_tokens(tokenizer):
     assert tokenizer.convert_ids_to_tokens(list(told.answers[0])) == ["red"]
 
 
-def test_unknown_words_are_named(tokenizer):
-    with pytest.raises(DataError, match="'mauve'"):
-        tell_scene({"questions": [], "answers": []}, [["mauve"]], tokenizer)
+@pytest.mark.parametrize(
+    ("question", "answer", "word"), [("what", "red", "mauve"), ("mauve ?", "red", "red"), ("what", "mauve", "red")]
+)
+def test_unknown_words_of_objects_questions_and_answers_are_named(question, answer, word, tokenizer):
+    with pytest.raises(DataError, match=r"'mauve'.* objects, questions and answers"):
+        tell_scene({"questions": [question], "answers": [answer]}, [[word]], tokenizer)
 
 
 def test_padding_is_marked_in_tokens_and_labels():
@@ -135,6 +138,14 @@ def test_a_task_may_teach_its_common_start(tmp_path):
     ]
     assert all(equal for name, equal in shared if "vision_tower" in name), "the tower is fitted as without teaching"
     assert not any(equal for name, equal in shared if "language_model" in name and "proj" in name)
+
+
+@pytest.mark.parametrize(("field", "empty"), [("told_objects", None), ("patch_words", ())])
+def test_a_task_with_language_needs_words_for_its_scenes(field, empty):
+    words = {"told_objects": lambda row: [], "patch_words": WORDS, field: empty}
+    with pytest.raises(SettingError, match=rf"Task\.{field} must be given .*Give {field}, or set language=None"):
+        replace(small_task(), language=LanguageFit(), **words)
+    assert replace(small_task(), **words).language is None
 
 
 def test_words_must_fit_the_labels(model, tokenizer):

@@ -99,7 +99,8 @@ def tell_scene(
         for word, number in zip(words, found, strict=True):
             if number == tokenizer.unk_token_id:
                 raise DataError(
-                    f"tell_scene: the tokenizer does not know {word!r}. Build it with all words of objects."
+                    f"tell_scene: the tokenizer does not know {word!r}. "
+                    "Build it with all words of objects, questions and answers."
                 )
         return tuple(found)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from trimtab.data.scenes import conversation
+from trimtab.errors import setting_error
 from trimtab.files import prepare_output
 from trimtab.quickstart.language import (
     LanguageFit,
@@ -52,6 +53,9 @@ class Task:
         language: How the language model is taught before it sees images, or None where it starts from scratch.
         told_objects: Words for every object of a row without its image; needed for `language`.
         patch_words: The word of every class of every kind of `patch_labels`; needed for `language`.
+
+    Raises:
+        SettingError: `language` without `told_objects` or without `patch_words`.
     """
 
     name: str
@@ -70,6 +74,14 @@ class Task:
     language: LanguageFit | None = None
     told_objects: ToldObjects | None = None
     patch_words: PatchWords = ()
+
+    def __post_init__(self) -> None:
+        """Check that what `language` needs is there."""
+        for name in ("told_objects", "patch_words"):
+            value = getattr(self, name)
+            if self.language is not None and not value:
+                remedy = f"Give {name}, or set language=None."
+                raise setting_error("Task", name, "given where language is set", value, remedy)
 
     def settings(self) -> dict[str, Any]:
         """Return what must be known to run the task again, as plain values."""
