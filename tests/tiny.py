@@ -19,6 +19,7 @@ from torch import Tensor
 PAD, BOS, EOS = 0, 1, 2
 FIRST_WORD, LAST_WORD = 3, 50
 TILE_START, TILE_END = 55, 56
+VIDEO_START, VIDEO_END = 57, 58
 VIDEO, IMAGE = 59, 60
 VOCAB = 64
 WIDTH = 32
@@ -39,6 +40,16 @@ class TinyFamily:
         visual_of_row: Batch, images per row, row -> the visual inputs of that row alone.
         mrope: Whether positions have three coordinates.
         fence: Whether runs are fenced by `TILE_START` and `TILE_END`.
+        videos: As `images`, for videos; None where the family takes none.
+        videos_of_row: As `visual_of_row`, for videos.
+        types: Token ids -> what the family's processor adds for every token; by default ``mm_token_type_ids`` where
+            positions have three coordinates.
+        not_masking: Why dropping tokens is not the same as masking them, or "".
+        video_token: Placeholder of videos.
+        video_fence: Whether a whole video is fenced by `VIDEO_START` and `VIDEO_END`.
+        mixed: Whether the stock model takes images and videos in one batch.
+        row_dependence: Why the stock model gives a row other positions in a batch than alone, or "".
+        no_projector: Why nothing between pixels and features can learn, or "".
     """
 
     name: str
@@ -47,6 +58,15 @@ class TinyFamily:
     visual_of_row: Callable[[Batch, Sequence[int], int], Batch]
     mrope: bool = False
     fence: bool = False
+    videos: Callable[[Any, Sequence[int], torch.Generator], tuple[Batch, Runs]] | None = None
+    videos_of_row: Callable[[Batch, Sequence[int], int], Batch] | None = None
+    types: Callable[[Tensor], Batch] | None = None
+    not_masking: str = ""
+    video_token: int = VIDEO
+    video_fence: bool = False
+    mixed: bool = True
+    row_dependence: str = ""
+    no_projector: str = ""
 
     def build_model(self, seed: int = 0) -> Any:
         """Return the model in float32, in eval mode, with wide random weights that depend on `seed` only."""
@@ -69,6 +89,7 @@ class TinyFamily:
         padding_side: str = "right",
         seed: int = 0,
         turns: int = 2,
+        videos_per_row: Sequence[int] | None = None,
     ) -> Batch:
         """Return inputs and labels of one batch.
 
@@ -82,32 +103,59 @@ class TinyFamily:
             padding_side: ``"left"`` or ``"right"``.
             seed: Seed of pixels and words.
             turns: Questions with answers per row.
+            videos_per_row: Videos of each row, behind its images; none by default.
         """
         generator = torch.Generator().manual_seed(seed)
         visual, runs = self.images(model, images_per_row, generator) if sum(images_per_row) else ({}, None)
+        videos: Runs | None = None
+        if videos_per_row is not None and sum(videos_per_row):
+            assert self.videos is not None
+            moving, videos = self.videos(model, videos_per_row, generator)
+            visual = {**visual, **moving}
         lengths = text_lengths or [3 + 2 * (row % 3) for row in range(len(images_per_row))]
-        rows = [self._row(runs[row] if runs else [], length, turns, generator) for row, length in enumerate(lengths)]
+        rows = [
+            self._row(runs[row] if runs else [], length, turns, generator, videos[row] if videos else [])
+            for row, length in enumerate(lengths)
+        ]
         return {**pad_rows(rows, padding_side), **visual, **self._types(rows, padding_side, visual)}
 
-    def take_row(self, batch: Batch, images_per_row: Sequence[int], row: int) -> Batch:
+    def take_row(
+        self, batch: Batch, images_per_row: Sequence[int], row: int, videos_per_row: Sequence[int] | None = None
+    ) -> Batch:
         """Return one row of a batch of `make_batch` as a batch of its own, without padding."""
         real = batch["attention_mask"][row].bool()
-        shaped = ("input_ids", "attention_mask", "labels", "mm_token_type_ids")
-        alone = {name: batch[name][row : row + 1, real] for name in shaped if name in batch}
-        if not images_per_row[row]:
+        shaped = [name for name in batch if name in ("input_ids", "attention_mask", "labels") or "type_ids" in name]
+        alone = {name: batch[name][row : row + 1, real] for name in shaped}
+        moving = videos_per_row is not None and videos_per_row[row] > 0
+        if images_per_row[row]:
+            alone |= self.visual_of_row(batch, images_per_row, row)
+        if moving:
+            assert self.videos_of_row is not None
+            assert videos_per_row is not None
+            alone |= self.videos_of_row(batch, videos_per_row, row)
+        if not (images_per_row[row] or moving):
             alone.pop("mm_token_type_ids", None)
-            return alone
-        return {**alone, **self.visual_of_row(batch, images_per_row, row)}
+        return alone
 
-    def _row(self, runs: list[list[int]], words: int, turns: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _row(
+        self,
+        runs: list[list[int]],
+        words: int,
+        turns: int,
+        generator: torch.Generator,
+        videos: Sequence[list[int]] = (),
+    ) -> tuple[Tensor, Tensor]:
         def text(count: int) -> list[int]:
             return torch.randint(FIRST_WORD, LAST_WORD + 1, (count,), generator=generator).tolist()
 
         ids, labels = [BOS, *text(2)], [-100] * 3
-        for image in runs:
-            for run in image:
-                ids += [TILE_START] * self.fence + [IMAGE] * run + [TILE_END] * self.fence
-            ids += text(1)
+        kinds = [*((IMAGE, image, False) for image in runs)]
+        kinds += [*((self.video_token, video, self.video_fence) for video in videos)]
+        for token, visual, fenced in kinds:
+            ids += [VIDEO_START] * fenced
+            for run in visual:
+                ids += [TILE_START] * self.fence + [token] * run + [TILE_END] * self.fence
+            ids += [VIDEO_END] * fenced + text(1)
         labels += [-100] * (len(ids) - len(labels))
         for turn in range(turns):
             question, answer = text(words), [*text(1 + turn + words // 3), EOS]
@@ -116,10 +164,15 @@ class TinyFamily:
         return torch.tensor(ids), torch.tensor(labels)
 
     def _types(self, rows: list[tuple[Tensor, Tensor]], padding_side: str, visual: Batch) -> Batch:
-        if not self.mrope:
-            return {}
         ids = pad_rows(rows, padding_side)["input_ids"]
-        return {"mm_token_type_ids": (ids == IMAGE).int()} if visual else {}
+        if self.types is not None:
+            return self.types(ids)
+        return {"mm_token_type_ids": multimodal_types(ids)} if self.mrope and visual else {}
+
+
+def multimodal_types(ids: Tensor) -> Tensor:
+    """Return what the processors of transformers call ``mm_token_type_ids``: 1 for images, 2 for videos."""
+    return (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
 
 
 def pad_rows(rows: Sequence[tuple[Tensor, Tensor]], padding_side: str = "right") -> Batch:
@@ -172,10 +225,15 @@ def _llava_images(model: Any, images_per_row: Sequence[int], generator: torch.Ge
     return {"pixel_values": pixels((sum(images_per_row), 3, 24, 24), generator)}, runs
 
 
-def _images_of_row(batch: Batch, images_per_row: Sequence[int], row: int) -> Batch:
+IMAGE_ENTRIES = ("pixel_values", "image_sizes", "image_position_ids", "spatial_shapes", "pixel_attention_mask")
+"""Visual inputs that have one entry per image."""
+
+
+def images_of_row(batch: Batch, images_per_row: Sequence[int], row: int) -> Batch:
+    """Return the images of one row, where all images have one entry each."""
     first = sum(images_per_row[:row])
     span = slice(first, first + images_per_row[row])
-    return {name: batch[name][span] for name in ("pixel_values", "image_sizes") if name in batch}
+    return {name: batch[name][span] for name in IMAGE_ENTRIES if name in batch}
 
 
 def _llava_next() -> Any:
@@ -240,7 +298,8 @@ def _idefics_images(model: Any, images_per_row: Sequence[int], generator: torch.
     return {"pixel_values": values, "pixel_attention_mask": mask}, [[[9] * n for n in row] for row in tiles]
 
 
-def _tiles_of_row(batch: Batch, images_per_row: Sequence[int], row: int) -> Batch:
+def tiles_of_row(batch: Batch, images_per_row: Sequence[int], row: int) -> Batch:
+    """Return the tiles of one row, where all rows have the same number after padding."""
     tiles = int(batch["pixel_attention_mask"][row].any(-1).any(-1).sum())
     return {name: batch[name][row : row + 1, :tiles] for name in ("pixel_values", "pixel_attention_mask")}
 
@@ -285,19 +344,24 @@ def _qwen3_vl() -> Any:
     return Qwen3VLForConditionalGeneration(Qwen3VLConfig(vision_config=vision, text_config=text, **QWEN_IDS))
 
 
-QWEN_GRIDS = ((1, 8, 12), (1, 6, 8), (1, 10, 10))
+Grid = tuple[int, int, int]
+QWEN_GRIDS: tuple[Grid, ...] = ((1, 8, 12), (1, 6, 8), (1, 10, 10))
 """Patches of the Qwen images, in turn: frames, rows, columns; two by two of them make a token."""
 
 
-def _qwen_images(model: Any, images_per_row: Sequence[int], generator: torch.Generator) -> tuple[Batch, Runs]:
-    grids = [QWEN_GRIDS[number % len(QWEN_GRIDS)] for number in range(sum(images_per_row))]
+def qwen_images(
+    model: Any, images_per_row: Sequence[int], generator: torch.Generator, shapes: Sequence[Grid] = QWEN_GRIDS
+) -> tuple[Batch, Runs]:
+    """Return images of different shapes as flat patches."""
+    grids = [shapes[number % len(shapes)] for number in range(sum(images_per_row))]
     patches = sum(math.prod(grid) for grid in grids)
     lengths = iter(math.prod(grid) // 4 for grid in grids)
     visual = {"pixel_values": pixels((patches, 3 * 2 * 4 * 4), generator), "image_grid_thw": torch.tensor(grids)}
     return visual, [[[next(lengths)] for _ in range(count)] for count in images_per_row]
 
 
-def _patches_of_row(batch: Batch, images_per_row: Sequence[int], row: int) -> Batch:
+def patches_of_row(batch: Batch, images_per_row: Sequence[int], row: int) -> Batch:
+    """Return the images of one row."""
     first = sum(images_per_row[:row])
     grids = batch["image_grid_thw"]
     patches = grids.prod(-1)
@@ -308,15 +372,64 @@ def _patches_of_row(batch: Batch, images_per_row: Sequence[int], row: int) -> Ba
     }
 
 
+VIDEO_GRIDS: tuple[Grid, ...] = ((2, 8, 12), (3, 6, 8))
+"""Patches of the Qwen videos, in turn: frames (pairs of them, before the encoder), rows, columns."""
+
+
+def qwen_videos(
+    model: Any, videos_per_row: Sequence[int], generator: torch.Generator, shapes: Sequence[Grid] = VIDEO_GRIDS
+) -> tuple[Batch, Runs]:
+    """Return videos whose placeholders stand side by side."""
+    grids = [shapes[number % len(shapes)] for number in range(sum(videos_per_row))]
+    patches = sum(math.prod(grid) for grid in grids)
+    visual = {"pixel_values_videos": pixels((patches, 3 * 2 * 4 * 4), generator), "video_grid_thw": torch.tensor(grids)}
+    lengths = iter(math.prod(grid) // 4 for grid in grids)
+    return visual, [[[next(lengths)] for _ in range(count)] for count in videos_per_row]
+
+
+def qwen_timed_videos(
+    model: Any, videos_per_row: Sequence[int], generator: torch.Generator, shapes: Sequence[Grid] = VIDEO_GRIDS
+) -> tuple[Batch, Runs]:
+    """Return videos with one fenced run of placeholders per frame."""
+    visual, _ = qwen_videos(model, videos_per_row, generator, shapes)
+    frames = iter([rows * columns // 4] * count for count, rows, columns in visual["video_grid_thw"].tolist())
+    return visual, [[next(frames) for _ in range(count)] for count in videos_per_row]
+
+
+def qwen_videos_of_row(batch: Batch, videos_per_row: Sequence[int], row: int) -> Batch:
+    """Return the videos of one row."""
+    renamed = {"pixel_values": batch["pixel_values_videos"], "image_grid_thw": batch["video_grid_thw"]}
+    found = patches_of_row(renamed, videos_per_row, row)
+    return {"pixel_values_videos": found["pixel_values"], "video_grid_thw": found["image_grid_thw"]}
+
+
 FAMILIES: dict[str, TinyFamily] = {
     family.name: family
     for family in (
-        TinyFamily("llava", _llava, _llava_images, _images_of_row),
-        TinyFamily("llava_next", _llava_next, _llava_next_images, _images_of_row),
-        TinyFamily("idefics3", _idefics3, _idefics_images, _tiles_of_row, fence=True),
-        TinyFamily("smolvlm", _smolvlm, _idefics_images, _tiles_of_row, fence=True),
-        TinyFamily("qwen2_5_vl", _qwen2_5_vl, _qwen_images, _patches_of_row, mrope=True, fence=True),
-        TinyFamily("qwen3_vl", _qwen3_vl, _qwen_images, _patches_of_row, mrope=True, fence=True),
+        TinyFamily("llava", _llava, _llava_images, images_of_row),
+        TinyFamily("llava_next", _llava_next, _llava_next_images, images_of_row),
+        TinyFamily("idefics3", _idefics3, _idefics_images, tiles_of_row, fence=True),
+        TinyFamily("smolvlm", _smolvlm, _idefics_images, tiles_of_row, fence=True),
+        TinyFamily(
+            "qwen2_5_vl",
+            _qwen2_5_vl,
+            qwen_images,
+            patches_of_row,
+            mrope=True,
+            fence=True,
+            videos=qwen_videos,
+            videos_of_row=qwen_videos_of_row,
+        ),
+        TinyFamily(
+            "qwen3_vl",
+            _qwen3_vl,
+            qwen_images,
+            patches_of_row,
+            mrope=True,
+            fence=True,
+            videos=qwen_timed_videos,
+            videos_of_row=qwen_videos_of_row,
+        ),
     )
 }
 

@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from trimtab.data import SupervisedCollator as SupervisedCollator
     from trimtab.data import load_rows as load_rows
     from trimtab.data import validate_rows as validate_rows
+    from trimtab.dualspeed import DualSpeedCallback as DualSpeedCallback
     from trimtab.dualspeed import DualSpeedConfig as DualSpeedConfig
     from trimtab.dualspeed import DualSpeedHandle as DualSpeedHandle
+    from trimtab.dualspeed import PrunedInference as PrunedInference
     from trimtab.dualspeed import attach as attach
+    from trimtab.dualspeed import prune_for_inference as prune_for_inference
     from trimtab.dualspeed import with_dualspeed as with_dualspeed
     from trimtab.errors import DataError as DataError
     from trimtab.errors import HostLibraryError as HostLibraryError
@@ -42,11 +45,13 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "DataError": "trimtab.errors",
+    "DualSpeedCallback": "trimtab.dualspeed",
     "DualSpeedConfig": "trimtab.dualspeed",
     "DualSpeedHandle": "trimtab.dualspeed",
     "HostLibraryError": "trimtab.errors",
     "MissingExtraError": "trimtab.errors",
     "OutputError": "trimtab.errors",
+    "PrunedInference": "trimtab.dualspeed",
     "Pruner": "trimtab.pruners",
     "PrunerInput": "trimtab.pruners",
     "RankDisagreementError": "trimtab.errors",
@@ -63,6 +68,7 @@ _PUBLIC = {
     "check_model": "trimtab.anatomy",
     "exact_match": "trimtab.evaluate",
     "load_rows": "trimtab.data",
+    "prune_for_inference": "trimtab.dualspeed",
     "pruner_names": "trimtab.pruners",
     "register_pruner": "trimtab.pruners",
     "render_report": "trimtab.report",

@@ -17,7 +17,7 @@ from tests.tiny import FAMILIES, IMAGE, WIDTH, Batch, TinyFamily, llama_settings
 from torch import Tensor, nn
 
 from trimtab.anatomy import assemble, check_model, encode_images, open_host
-from trimtab.errors import TokenMismatchError, UnsupportedModelError
+from trimtab.errors import TokenMismatchError, TrimtabWarning, UnsupportedModelError
 
 ROWS = (1, 0, 2)
 TIGHT = 2e-5
@@ -276,7 +276,7 @@ def test_a_text_only_model_is_refused_by_name() -> None:
     report = check_model(model)
     assert not report.supported
     assert "LlamaForCausalLM" in report.reason
-    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM(?s:.*)LlavaForConditionalGeneration"):
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM(?s:.*)nearest supported class is \w+;"):
         open_host(model)
 
 
@@ -342,3 +342,37 @@ def test_a_batch_without_attention_mask_is_one_without_padding(family: TinyFamil
     expected = run(model, assemble(open_host(model), batch, encoded, kept, prefix=None, positions="original"))
     found = run(model, assemble(open_host(model), bare, encoded, kept, prefix=None, positions="original"))
     torch.testing.assert_close(found, expected, atol=TIGHT, rtol=0)
+
+
+def test_a_family_that_no_test_holds_is_opened_with_a_warning() -> None:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    class NewConfig(LlavaConfig):
+        model_type = "newer_than_the_table"
+
+    class NewForConditionalGeneration(LlavaForConditionalGeneration):
+        config_class = NewConfig
+
+    settings = FAMILIES["llava"].build_model().config.to_dict()
+    settings.pop("model_type")
+    new = NewForConditionalGeneration(NewConfig(**settings))
+    with pytest.warns(TrimtabWarning, match=r"NewForConditionalGeneration \(newer_than_the_table\).*not among"):
+        host = open_host(new)
+    assert host.family.name == "NewForConditionalGeneration"
+    report = check_model(new)
+    assert (report.supported, report.tested) == (True, False)
+
+
+def test_audio_of_the_shape_of_the_text_is_left_whole() -> None:
+    """A mask of sound frames that is as long as the row by chance has no value per place."""
+    from tests.conformance.families import SUITE
+
+    family = SUITE["qwen2_5_omni_thinker"]
+    model = family.build_model()
+    batch = family.make_batch(model, ROWS)
+    batch["feature_attention_mask"] = torch.ones_like(batch["input_ids"])
+    encoded = encode_images(model, batch)
+    with torch.no_grad():
+        short = assemble(model, batch, encoded, keep_some(encoded.blocks), positions="original")
+    assert short["input_ids"].shape[1] < batch["input_ids"].shape[1]
+    assert torch.equal(short["feature_attention_mask"], batch["feature_attention_mask"])

@@ -7,13 +7,16 @@ For transformers: which models can train on pruned visual tokens (`check_model`)
 
 from trimtab.anatomy.assemble import RowLayout, assemble, full_inputs, read_rows
 from trimtab.anatomy.encode import EncodedImages, encode_images, has_images, question_embeddings, supplied_needs
-from trimtab.anatomy.families import FAMILIES, Family, Host, SupportReport, check_model, open_host
+from trimtab.anatomy.families import Host, Modality, SupportReport, check_model, open_host
+from trimtab.anatomy.family_table import FAMILIES, REFUSED, Family
 
 __all__ = [
     "FAMILIES",
+    "REFUSED",
     "EncodedImages",
     "Family",
     "Host",
+    "Modality",
     "RowLayout",
     "SupportReport",
     "assemble",

@@ -22,6 +22,7 @@ from trimtab.ops.repack import close_gaps, gather_places, repack_index
 from trimtab.shapes import Bool, Float, Int, Tensor
 
 Positions = Literal["renumber", "original"]
+TYPES = {"image": 1, "video": 2}
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,11 @@ class RowLayout:
     """Where a batch has placeholders and padding.
 
     Attributes:
-        placeholder: Which places hold a visual token.
+        types: What stands at each place, as ``mm_token_type_ids`` has it: 0 for text and padding, 1 for a token of an
+            image, 2 for one of a video.
         real: Which places are not padding.
-        place: Places of all placeholders in reading order, counted through the flattened batch.
+        place: Places of all placeholders, counted through the flattened batch; those of images in reading order,
+            then those of videos.
         placeholders: How many each row has.
         lengths: How many real places each row has.
         labelled: How many placeholders of the batch carry a label.
@@ -39,7 +42,7 @@ class RowLayout:
         block_rows: Row of each block of features.
     """
 
-    placeholder: Bool[Tensor, "row seq"]
+    types: Int[Tensor, "row seq"]
     real: Bool[Tensor, "row seq"]
     place: Int[Tensor, "place"]
     placeholders: list[int]
@@ -48,14 +51,19 @@ class RowLayout:
     pad_left: bool
     block_rows: list[int]
 
+    @property
+    def placeholder(self) -> Bool[Tensor, "row seq"]:
+        """Which places hold a visual token."""
+        return self.types != 0
 
-def read_rows(model: Any, batch: Mapping[str, Any], block_sizes: Sequence[int]) -> RowLayout:
+
+def read_rows(model: Any, batch: Mapping[str, Any], encoded: EncodedImages | None) -> RowLayout:
     """Find placeholders and padding, and check that the features fit them; waits for the device once.
 
     Args:
         model: The model, or what `open_host` made of it.
         batch: Arguments of its forward with ``input_ids``, and ``attention_mask`` and ``labels`` where given.
-        block_sizes: Tokens of each block of features.
+        encoded: Its images and videos, or None where it has none.
 
     Returns:
         The layout.
@@ -66,32 +74,61 @@ def read_rows(model: Any, batch: Mapping[str, Any], block_sizes: Sequence[int]) 
     """
     host = open_host(model)
     ids = batch["input_ids"]
-    placeholder = torch.zeros_like(ids, dtype=torch.bool)
-    for token in host.image_token_ids:
-        placeholder |= ids == token
     mask = batch.get("attention_mask")
     if mask is not None and mask.shape != ids.shape:
         raise SettingError(
             f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}, but {tuple(mask.shape)} came. Give "
             "the two-dimensional mask of the processor; the model builds larger ones itself."
         )
-    real = torch.ones_like(placeholder) if mask is None else mask != 0
-    placeholder &= real
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    kinds = _placeholders(host, ids, real, encoded)
+    types = torch.stack([holds * TYPES[name] for name, holds in kinds.items()]).sum(0)
+    placeholder = types != 0
     labels = batch.get("labels")
     labelled = (placeholder & (labels != IGNORED)).sum(1) if labels is not None else torch.zeros_like(ids[:, 0])
-    counts = torch.stack([placeholder.sum(1), real.sum(1), labelled, real[:, 0].long()]).tolist()
-    placeholders, lengths, labelled_rows, first_real = counts
-    order = torch.argsort((~placeholder).flatten().to(torch.int8), stable=True)
+    counts = torch.stack([real.sum(1), labelled, real[:, 0].long(), *(kind.sum(1) for kind in kinds.values())]).tolist()
+    lengths, labelled_rows, first_real = counts[:3]
+    per_kind = dict(zip(kinds, counts[3:], strict=True))
+    rows: list[int] = []
+    sizes = [] if encoded is None else [block.shape[0] for block in encoded.blocks]
+    for name, placeholders in per_kind.items():
+        count = 0 if encoded is None else encoded.counts.get(name, 0)
+        rows += _rows_of_blocks(name, placeholders, lengths, sizes[len(rows) : len(rows) + count], ids.shape[1])
+    order = [torch.argsort((~kind).flatten().to(torch.int8), stable=True) for kind in kinds.values()]
     return RowLayout(
-        placeholder=placeholder,
+        types=types,
         real=real,
-        place=order[: sum(placeholders)],
-        placeholders=placeholders,
+        place=torch.cat([one[: sum(per_kind[name])] for name, one in zip(kinds, order, strict=True)]),
+        placeholders=[sum(of_row) for of_row in zip(*per_kind.values(), strict=True)],
         lengths=lengths,
         labelled=sum(labelled_rows),
         pad_left=not all(first_real),
-        block_rows=_rows_of_blocks(placeholders, lengths, block_sizes, ids.shape[1]),
+        block_rows=rows,
     )
+
+
+def _placeholders(host: Host, ids: Tensor, real: Tensor, encoded: EncodedImages | None) -> dict[str, Tensor]:
+    """Which places hold visual tokens, by modality, [row, seq]; a token that two share belongs to the one present."""
+    present = () if encoded is None else tuple(encoded.outputs)
+    if host.family.video_placeholder == "image" and len(present) > 1:
+        raise SettingError(
+            f"{type(host.model).__name__} has one placeholder for images and videos and takes only one of both in a "
+            f"batch, but {' and '.join(present)} features came. Put images and videos into different batches."
+        )
+    taken: set[int] = set()
+    found = {}
+    for kind in sorted(host.modalities, key=lambda kind: kind.name not in present):
+        holds = torch.zeros_like(real)
+        for token in set(kind.token_ids) - taken:
+            holds |= ids == token
+        taken |= set(kind.token_ids)
+        found[kind.name] = holds & real
+    for kind in host.modalities:
+        if kind.span is not None:
+            shared = torch.stack(list(found.values())).any(0)
+            inside = (ids == kind.span[0]).cumsum(1) > (ids == kind.span[1]).cumsum(1)
+            found = {name: shared & (inside if name == kind.name else ~inside) for name in found}
+    return {kind.name: found[kind.name] for kind in host.modalities}
 
 
 def full_inputs(model: Any, batch: Mapping[str, Any], encoded: EncodedImages) -> dict[str, Any]:
@@ -105,9 +142,10 @@ def full_inputs(model: Any, batch: Mapping[str, Any], encoded: EncodedImages) ->
     Returns:
         The same arguments, with features in place of pixels.
     """
-    pixels = [name for name in open_host(model).encoder_names if name.startswith("pixel_")]
-    inputs = {name: value for name, value in batch.items() if name not in pixels}
-    return {**inputs, "mm_encoder_outputs": {"image": encoded.output}}
+    host = open_host(model)
+    done = {name for name in host.encoder_names if name.startswith("pixel_")} | {kind.mask for kind in host.modalities}
+    inputs = {name: value for name, value in batch.items() if name not in done}
+    return {**inputs, "mm_encoder_outputs": dict(encoded.outputs)}
 
 
 def assemble(
@@ -146,7 +184,7 @@ def assemble(
     sizes = [block.shape[0] for block in encoded.blocks]
     if len(kept) != len(sizes):
         raise SettingError(f"kept must have one entry for each of the {len(sizes)} blocks, but {len(kept)} came.")
-    layout = read_rows(host, batch, sizes) if layout is None else layout
+    layout = read_rows(host, batch, encoded) if layout is None else layout
     fronts = [prefix.shape[0] if prefix is not None and size else 0 for size in sizes]
     counts = [front + index.shape[0] for front, index in zip(fronts, kept, strict=True)]
     for size, front, index in zip(sizes, fronts, kept, strict=True):
@@ -164,25 +202,29 @@ def assemble(
     if prefix is not None:
         features = [torch.cat((prefix[:n].to(one.dtype), one)) for n, one in zip(fronts, features, strict=True)]
 
-    short = _shorten(host, batch, source, real, layout, ragged=min(lengths) < max(lengths))
-    if host.family.rotary == "multimodal" or positions == "original" or batch.get("position_ids") is not None:
+    # Without a mask transformers takes gaps in the positions for the borders of packed sequences.
+    gaps = positions == "original" and batch.get("position_ids") is None
+    short = _shorten(host, batch, source, real, layout, needs_mask=gaps or min(lengths) < max(lengths))
+    if host.rotary == "multimodal" or positions == "original" or batch.get("position_ids") is not None:
         places = _positions(host, batch, layout)
-        if host.family.rotary == "line" and positions == "renumber":
+        if host.rotary == "line" and positions == "renumber":
             places = places - (layout.real & ~keep).long().cumsum(1)
         else:
             places = _move_to_origin(places, slots, _origins(sizes, kept, fronts, slots.device), layout)
         short["position_ids"] = gather_places(places, source, real, 0)
-        if host.family.rotary == "multimodal":
+        if host.rotary == "multimodal":
             short.pop("mm_token_type_ids", None)
             if positions == "renumber":
                 short["position_ids"] = close_gaps(short["position_ids"], real)
         elif places.shape[0] == 1:
             short["position_ids"] = short["position_ids"][0]
-    short["mm_encoder_outputs"] = {"image": _hand_over(encoded, features, kept, fronts)}
+    short["mm_encoder_outputs"] = _hand_over(host, encoded, features, kept, fronts)
     return short
 
 
-def _rows_of_blocks(placeholders: list[int], lengths: list[int], sizes: Sequence[int], seq: int) -> list[int]:
+def _rows_of_blocks(
+    kind: str, placeholders: list[int], lengths: list[int], sizes: Sequence[int], seq: int
+) -> list[int]:
     rows, row, left = [], 0, list(placeholders)
     for number, size in enumerate(sizes):
         if size == 0:  # the Idefics families hand over an empty block for a row without image
@@ -193,19 +235,19 @@ def _rows_of_blocks(placeholders: list[int], lengths: list[int], sizes: Sequence
         if row == len(left) or left[row] < size:
             have = 0 if row == len(left) else left[row]
             raise TokenMismatchError(
-                f"Image {number} of the batch has {size} visual tokens, but row {min(row, len(left) - 1)} has "
-                f"{have} image placeholders left for it (placeholders per row {placeholders}, real tokens per row "
-                f"{lengths}, tokens per image {list(sizes)}). The row was probably cut at {seq} tokens inside an "
-                "image: set max_length=None, or to more than the longest row."
+                f"{kind.capitalize()} {number} of the batch has {size} visual tokens, but row "
+                f"{min(row, len(left) - 1)} has {have} {kind} placeholders left for it (placeholders per row "
+                f"{placeholders}, real tokens per row {lengths}, tokens per {kind} {list(sizes)}). The row was "
+                f"probably cut at {seq} tokens inside it: set max_length=None, or to more than the longest row."
             )
         left[row] -= size
         rows.append(row)
     if any(left):
         bad = next(row for row, count in enumerate(left) if count)
         raise TokenMismatchError(
-            f"Row {bad} has {placeholders[bad]} image placeholders, {left[bad]} more than its images have visual "
-            f"tokens (placeholders per row {placeholders}, tokens per image {list(sizes)}). Give every image that the "
-            "text names, or build the text with the model's own processor."
+            f"Row {bad} has {placeholders[bad]} {kind} placeholders, {left[bad]} more than its {kind}s have visual "
+            f"tokens (placeholders per row {placeholders}, tokens per {kind} {list(sizes)}). Give every {kind} that "
+            "the text names, or build the text with the model's own processor."
         )
     return rows
 
@@ -241,7 +283,7 @@ def _lengths(layout: RowLayout, sizes: list[int], counts: list[int]) -> list[int
 
 
 def _shorten(
-    host: Host, batch: Mapping[str, Any], source: Tensor, real: Tensor, layout: RowLayout, ragged: bool
+    host: Host, batch: Mapping[str, Any], source: Tensor, real: Tensor, layout: RowLayout, needs_mask: bool
 ) -> dict[str, Any]:
     shape = layout.real.shape
     config = host.model.config.get_text_config()
@@ -253,9 +295,9 @@ def _shorten(
     for name, value in batch.items():
         if name in host.encoder_names or name in ("position_ids", "mm_encoder_outputs"):
             continue
-        per_place = isinstance(value, Tensor) and value.shape == shape
+        per_place = isinstance(value, Tensor) and value.shape == shape and name not in host.audio_names
         short[name] = gather_places(value, source, real, padding.get(name, 0)) if per_place else value
-    if short.get("attention_mask") is None and ragged:
+    if short.get("attention_mask") is None and needs_mask:
         short["attention_mask"] = real.to(torch.long)
     return short
 
@@ -266,22 +308,28 @@ def _positions(host: Host, batch: Mapping[str, Any], layout: RowLayout) -> Int[T
     if given is not None:
         full = given if given.dim() == 3 else given[None]
         return full.expand(full.shape[0], *layout.real.shape)
-    if host.family.rotary == "line":
-        return torch.arange(layout.real.shape[1], device=layout.real.device).expand(1, *layout.real.shape)
+    if host.rotary == "line":
+        places = torch.arange(layout.real.shape[1], device=layout.real.device) + host.family.first_position
+        return places.expand(1, *layout.real.shape)
     return _multimodal_positions(host, batch, layout)
 
 
 def _multimodal_positions(host: Host, batch: Mapping[str, Any], layout: RowLayout) -> Tensor:
     types = batch.get("mm_token_type_ids")
-    values = {**batch, "mm_token_type_ids": layout.placeholder.int() if types is None else types}
+    values = {**batch, "mm_token_type_ids": layout.types if types is None else types}
+    if (heard := batch.get("feature_attention_mask")) is not None:
+        values["audio_feature_lengths"] = heard.sum(1)  # as the forward of models with audio counts it
     names = inspect.signature(host.base.compute_3d_position_ids).parameters
     deltas = host.base.rope_deltas
     try:
         # The model would number rows by deltas of an earlier batch if any were left.
         host.base.rope_deltas = None
-        positions: Tensor = host.base.compute_3d_position_ids(**{name: values.get(name) for name in names})
+        positions: Tensor | None = host.base.compute_3d_position_ids(**{name: values.get(name) for name in names})
     finally:
         host.base.rope_deltas = deltas
+    if positions is None:  # some need an attention mask, and without one let the language model count places
+        rows, places = layout.real.shape
+        return torch.arange(places, device=layout.real.device).expand(3, rows, places)
     return positions
 
 
@@ -293,16 +341,43 @@ def _move_to_origin(places: Tensor, slots: Tensor, origins: Tensor, layout: RowL
     return flat.view_as(places)
 
 
-def _hand_over(encoded: EncodedImages, features: list[Tensor], kept: Sequence[Tensor], fronts: list[int]) -> Any:
-    output = type(encoded.output)(pooler_output=features)
-    deep = getattr(encoded.output, "deepstack_features", None)
-    if deep is not None:
+def _hand_over(
+    host: Host, encoded: EncodedImages, features: list[Tensor], kept: Sequence[Tensor], fronts: list[int]
+) -> dict[str, Any]:
+    """What the encoders would have returned for the kept tokens, by modality."""
+    outputs, start = {}, 0
+    for name, output in encoded.outputs.items():
+        part = slice(start, start + encoded.counts[name])
+        start = part.stop
+        first = _like(host.features(output), features[part])
+        short = type(output)(**{field: getattr(output, field) for field in host.family.carried})
+        if host.family.features != "deepstack_features":
+            short[host.family.features] = first
+        if (deep := getattr(output, "deepstack_features", None)) is not None:
+            short["deepstack_features"] = _deepstack(host, deep, first, kept[part], fronts[part])
+        outputs[name] = short
+    return outputs
+
+
+def _deepstack(host: Host, deep: Any, first: Any, kept: Sequence[Tensor], fronts: list[int]) -> list[Any]:
+    """The features that single layers of the language model add, for the kept tokens."""
+
+    def cut(layer: Any) -> list[Tensor]:
         # These are added to the states of all visual places, so prefix rows get zeros.
-        output["deepstack_features"] = [
-            [
-                torch.cat((one.new_zeros(front, one.shape[1]), one[index]))
-                for one, front, index in zip(layer, fronts, kept, strict=True)
-            ]
-            for layer in deep
+        return [
+            torch.cat((one.new_zeros(front, one.shape[1]), one[index]))
+            for one, front, index in zip(layer, fronts, kept, strict=True)
         ]
-    return output
+
+    if host.family.features != "deepstack_features":
+        return [cut(layer) for layer in deep]
+    start = min(number for number, _ in deep)
+    return [(number, first if number == start else cut(layer)) for number, layer in deep]
+
+
+def _like(whole: Any, features: list[Tensor]) -> Any:
+    """Features in the container that the model expects: a tensor or a list of blocks, with as many axes."""
+    if isinstance(whole, Tensor):
+        joined = torch.cat(features)
+        return joined.view(*[1] * (whole.dim() - 2), *joined.shape)
+    return [one.view(*[1] * (block.dim() - 2), *one.shape) for block, one in zip(whole, features, strict=True)]

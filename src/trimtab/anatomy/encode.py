@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
 from math import isqrt
 from typing import Any
 
 import torch
 
-from trimtab.anatomy.families import Host, open_host
+from trimtab.anatomy.families import Host, Modality, open_host
+from trimtab.anatomy.frames import drop_masked, frame_tiles
+from trimtab.anatomy.inside import call_inside
 from trimtab.anatomy.tower import OBSERVABLE_TOWERS, Observed, observe_tower
-from trimtab.errors import SettingError, UnsupportedModelError
+from trimtab.anatomy.views import view_filler, view_tiles
+from trimtab.errors import HostLibraryError, SettingError
 from trimtab.ops.label_head import IGNORED
 from trimtab.shapes import Bool, Float, Int, Tensor
 
 NOTHING: frozenset[str] = frozenset()
+SHAPES = ("image_sizes", "image_position_ids", "video_position_ids", "spatial_shapes", "image_grids", "video_grids")
+"""Arguments of encoders that take images of any shape; how many tokens come does not tell rows from columns."""
+PATCHES = ("image_grid_hw", "target_sizes", "target_sizes_videos")
+"""Arguments with rows and columns of patches of each image or frame."""
+OBSERVED = ("hidden", "cls_attention", "keys")
 
 
 @dataclass(frozen=True)
 class EncodedImages:
     """Visual features of a batch, one block per entry that the model itself would scatter.
 
-    A block is one image, except in the Idefics3 and SmolVLM families, where it is all images of one row.
+    A block is one image, one video, or one tile where the model keeps tiles apart; in the Idefics3 and SmolVLM
+    families it is all images of one row.
+    Blocks of images stand before blocks of videos.
 
     Attributes:
-        output: What the model's own image encoder returned; its ``pooler_output`` holds the blocks.
+        outputs: What the model's own encoders returned, by modality; `Host.features` finds the blocks in them.
+        counts: How many blocks each modality has.
         blocks: Features of each block, [token, width], with gradients where the encoder has them.
-        tiles: How many tokens of each block belong to each of its tiles, in order; pruners choose per tile.
+        tiles: How many tokens of each block belong to each of its tiles, in order; pruners choose per tile. Frames
+            of a video are tiles. Tokens behind the last tile carry no picture (the newline row of a video).
         grid: Rows and columns of a tile, where all tiles have the same and it is known; else None.
         filler: For each block which tokens carry no picture (newline rows) and how many, or None for none.
         hidden: States of the vision tower before the projector per block, or None where not asked for.
@@ -36,7 +51,8 @@ class EncodedImages:
         keys: Key vectors per block, or None.
     """
 
-    output: Any
+    outputs: dict[str, Any]
+    counts: dict[str, int]
     blocks: list[Float[Tensor, "token width"]]
     tiles: list[list[int]]
     grid: tuple[int, int] | None
@@ -47,40 +63,34 @@ class EncodedImages:
 
 
 def has_images(batch: Mapping[str, Any]) -> bool:
-    """Whether a batch carries images.
-
-    Raises:
-        UnsupportedModelError: It carries videos, whose tokens are not pruned.
-    """
-    if batch.get("pixel_values_videos") is not None:
-        raise UnsupportedModelError(
-            "The batch holds pixel_values_videos, but trimtab prunes image tokens only. Train this data without "
-            "trimtab, or give the frames as images."
-        )
-    return batch.get("pixel_values") is not None
+    """Whether a batch carries images or videos."""
+    return batch.get("pixel_values") is not None or batch.get("pixel_values_videos") is not None
 
 
 def supplied_needs(model: Any) -> frozenset[str]:
     """What a pruner may ask of this model beyond the features; a subset of ``trimtab.pruners.NEEDS``."""
     host = open_host(model)
+    if host.family.width:  # words and features do not compare
+        return NOTHING
     if host.family.tower and host.model.config.vision_config.model_type in OBSERVABLE_TOWERS:
         return frozenset({"text", "hidden", "cls_attention", "keys"})
     return frozenset({"text"})
 
 
 def encode_images(model: Any, batch: Mapping[str, Any], needs: frozenset[str] = NOTHING) -> EncodedImages:
-    """Encode the images of a batch once, through the model's own encoder.
+    """Encode the images and videos of a batch once, through the model's own encoders.
 
     Args:
         model: The model, or what `open_host` made of it.
-        batch: Arguments of its forward; entries that its image encoder takes are used.
+        batch: Arguments of its forward; entries that its encoders take are used.
         needs: What to observe on the way, a subset of `supplied_needs`.
 
     Returns:
         The features and what was observed, block by block.
 
     Raises:
-        SettingError: A need that this model cannot supply.
+        SettingError: A need that this model, or a video, cannot supply, or videos that it does not take.
+        HostLibraryError: An encoder returned something that this release does not know.
     """
     host = open_host(model)
     missing = needs - supplied_needs(host)
@@ -89,19 +99,85 @@ def encode_images(model: Any, batch: Mapping[str, Any], needs: frozenset[str] = 
             f"{type(host.model).__name__} cannot supply {', '.join(sorted(missing))}, which the pruner needs. Choose "
             "one that needs features only, such as 'divprune'."
         )
-    arguments = {name: batch[name] for name in host.encoder_names if batch.get(name) is not None}
-    with observe_tower(host, needs) if needs - {"text"} else contextlib.nullcontext() as observed:
-        output = host.base.get_image_features(**arguments, return_dict=True)
-    blocks = list(output.pooler_output)
-    tiles = _tiles(host, blocks)
+    kinds = [kind for kind in host.modalities if batch.get(kind.pixels) is not None]
+    if batch.get("pixel_values_videos") is not None and "video" not in [kind.name for kind in kinds]:
+        raise SettingError(
+            f"The batch holds videos (pixel_values_videos), but those of {type(host.model).__name__} are not "
+            "supported. Give images; trimtab.check_model(model).notes says more."
+        )
+    parts = [_encode(host, kind, batch, needs) for kind in kinds]
+    grids = {part.grid for part in parts}
     return EncodedImages(
-        output=output,
+        outputs={name: output for part in parts for name, output in part.outputs.items()},
+        counts={name: count for part in parts for name, count in part.counts.items()},
+        blocks=[block for part in parts for block in part.blocks],
+        tiles=[tiles for part in parts for tiles in part.tiles],
+        grid=grids.pop() if len(grids) == 1 else None,
+        filler=[filler for part in parts for filler in part.filler],
+        **({name: getattr(parts[0], name) for name in OBSERVED} if len(parts) == 1 else {}),
+    )
+
+
+def _encode(host: Host, kind: Modality, batch: Mapping[str, Any], needs: frozenset[str]) -> EncodedImages:
+    """Encode what a batch has of one modality."""
+    observed_needs = needs - {"text"}
+    if kind.name == "video" and observed_needs:
+        raise SettingError(
+            f"The batch holds videos, for which {', '.join(sorted(observed_needs))} cannot be supplied. Choose a "
+            "pruner that needs features only, such as 'divprune'."
+        )
+    arguments = {name: batch[name] for name in kind.arguments if batch.get(name) is not None}
+    parameters = dict(zip(kind.arguments, kind.parameters, strict=True))
+    with observe_tower(host, needs) if observed_needs else contextlib.nullcontext() as observed:
+        named = {parameters[name]: value for name, value in arguments.items()}
+        output = call_inside(host.base, partial(getattr(host.base, kind.encoder), **named, return_dict=True))
+    entries = _entries(host, kind, arguments, batch, output)
+    tiles = _tiles(host, kind, arguments, entries, output)
+    if kind.mask is not None and batch.get(kind.mask) is not None:
+        output, tiles = drop_masked(output, tiles, batch[kind.mask])
+        entries = list(output.pooler_output)
+    blocks = [entry.flatten(0, 1) if entry.dim() == 3 else entry for entry in entries]
+    return EncodedImages(
+        outputs={kind.name: output},
+        counts={kind.name: len(blocks)},
         blocks=blocks,
         tiles=tiles,
-        grid=_grid(host, arguments, tiles),
-        filler=_filler(host, arguments, len(blocks)),
+        grid=_grid(host, kind, arguments, tiles),
+        filler=_filler(host, kind, arguments, blocks, output),
         **_per_block(host, arguments, observed),
     )
+
+
+def _entries(
+    host: Host, kind: Modality, arguments: dict[str, Any], batch: Mapping[str, Any], output: Any
+) -> list[Tensor]:
+    """The features of each block, [token, width] or [frame, token, width]."""
+    found = host.features(output)
+    if kind.name == "video" and isinstance(found, Tensor) and found.dim() == 3:
+        values = arguments[kind.pixels]
+        if values.dim() == 5 and found.shape[0] == values.shape[0] * values.shape[1]:  # one entry per frame
+            found = found.unflatten(0, values.shape[:2])
+    entries = list(found) if isinstance(found, Tensor | list | tuple) else []
+    if isinstance(found, Tensor) and host.family.tiles == "runs":
+        entries = _split_at_runs(found.flatten(0, -2), batch["input_ids"], kind)
+    elif isinstance(found, Tensor) and found.dim() == 2:
+        entries = [found]
+    if not all(isinstance(entry, Tensor) and entry.dim() in (2, 3) for entry in entries) or found is None:
+        raise HostLibraryError(
+            f"{type(host.model).__name__}.{kind.encoder} returned {type(output).__name__} with a "
+            f"{host.family.features} of {type(found).__name__}, where trimtab expects [token, width] features for "
+            f"every {kind.name}. This release of transformers may be newer than trimtab; install the newest trimtab, "
+            "or an older transformers."
+        )
+    return entries
+
+
+def _split_at_runs(features: Tensor, ids: Int[Tensor, "row seq"], kind: Modality) -> list[Tensor]:
+    """Cut [token, width] features where placeholders do not stand side by side; all in one if their counts differ."""
+    holds = torch.nn.functional.pad(torch.isin(ids, ids.new_tensor(kind.token_ids)), (1, 0)).flatten()
+    starts = holds & ~holds.roll(1)
+    runs: list[int] = torch.bincount(starts.cumsum(0)[holds] - 1).tolist()
+    return list(features.split(runs)) if sum(runs) == features.shape[0] else [features]
 
 
 def question_embeddings(
@@ -133,36 +209,71 @@ def question_embeddings(
     return embedded[rows], words[rows]
 
 
-def _tiles(host: Host, blocks: list[Tensor]) -> list[list[int]]:
+def _tiles(
+    host: Host, kind: Modality, arguments: dict[str, Any], entries: list[Tensor], output: Any
+) -> list[list[int]]:
+    if kind.name == "video":
+        return frame_tiles(host.model.config.vision_config, arguments, entries)
+    if (views := arguments.get("image_grids")) is not None:  # rows and columns of a small view, then of a large one
+        return [[one for one in (rows * columns, high * wide) if one] for rows, columns, high, wide in views.tolist()]
+    if host.family.tiles == "views":
+        return view_tiles(host.base, arguments, entries, output)
     if host.family.tiles != "square":
-        return [[block.shape[0]] for block in blocks]
-    config = host.model.config
-    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    size = patches // config.scale_factor**2
-    return [[size] * (block.shape[0] // size) for block in blocks]
+        return [[entry.shape[:-1].numel()] for entry in entries]
+    # The vision tower saw the tiles one by one and without those of padding.
+    size = sum(entry.shape[0] for entry in entries) // max(1, output.last_hidden_state.shape[0])
+    return [[size] * (entry.shape[0] // max(1, size)) for entry in entries]
 
 
-def _grid(host: Host, arguments: dict[str, Any], tiles: list[list[int]]) -> tuple[int, int] | None:
+def _grid(host: Host, kind: Modality, arguments: dict[str, Any], tiles: list[list[int]]) -> tuple[int, int] | None:
     """Rows and columns that all tiles share, or None."""
-    if host.family.tiles == "packed" or arguments.get("image_sizes") is not None:
+    if (
+        not host.family.raster
+        or host.family.tiles in ("packed", "views")
+        or any(arguments.get(name) is not None for name in SHAPES)
+    ):
         return None
-    patches = arguments.get("image_grid_thw")
+    named = (arguments.get(name) for name in (f"{kind.name}_grid_thw", *PATCHES))
+    patches = next((given for given in named if given is not None), None)
     if patches is not None:  # images of any shape: frames, rows and columns of patches, several of which make a token
-        merge = int(host.model.config.vision_config.spatial_merge_size)
-        shapes = {(rows // merge, columns // merge) for frames, rows, columns in patches.tolist() if frames == 1}
-        still = bool((patches[:, 0] == 1).all())
-        return next(iter(shapes)) if still and len(shapes) == 1 else None
+        whole = int(patches.prod(-1).sum())
+        merge = max(1, isqrt(whole // max(1, sum(map(sum, tiles)))))
+        shapes = {(rows // merge, columns // merge) for rows, columns in patches[:, -2:].tolist()}
+        shape = next(iter(shapes))
+        fits = all(count == shape[0] * shape[1] for block in tiles for count in block)
+        return shape if len(shapes) == 1 and fits else None
+    values = arguments[kind.pixels]
+    if values.dim() < 4 or values.shape[-2] != values.shape[-1]:
+        return None
     counts = {count for block in tiles for count in block}
     side = isqrt(next(iter(counts))) if len(counts) == 1 else 0
     return (side, side) if side * side in counts else None
 
 
-def _filler(host: Host, arguments: dict[str, Any], count: int) -> list[tuple[Tensor, int] | None]:
-    if host.family.tiles != "packed":
-        return [None] * count
+def _filler(
+    host: Host, kind: Modality, arguments: dict[str, Any], blocks: list[Tensor], output: Any
+) -> list[tuple[Tensor, int] | None]:
+    if kind.name == "image" and host.family.tiles == "views":
+        return view_filler(host.base, arguments, blocks, output)
+    if kind.name == "image" and host.family.tiles == "lines":
+        return _line_filler(host, arguments)
+    if kind.name == "video" or host.family.tiles != "packed":
+        return [None] * len(blocks)
     marks = _pack(host, arguments, None, newline=0.0)
     device = arguments["pixel_values"].device
     return [((mark[:, 0] == 0).to(device), int((mark == 0).sum())) for mark in marks]
+
+
+def _line_filler(host: Host, arguments: dict[str, Any]) -> list[tuple[Tensor, int] | None]:
+    """First token, newlines and last token of images in lines."""
+    side = int(host.model.config.vision_config.spatial_merge_size)
+    grids = arguments["image_grid_thw"]
+    found: list[tuple[Tensor, int] | None] = []
+    for _, rows, columns in grids.tolist():
+        lines = torch.zeros(rows // side, columns // side + 1, dtype=torch.bool, device=grids.device)
+        lines[:, -1] = True
+        found.append((torch.nn.functional.pad(lines.flatten(), (1, 1), value=True), rows // side + 2))
+    return found
 
 
 def _pack(host: Host, arguments: dict[str, Any], values: Tensor | None, newline: float) -> list[Tensor]:
@@ -171,19 +282,30 @@ def _pack(host: Host, arguments: dict[str, Any], values: Tensor | None, newline:
 
     config = host.model.config
     size = config.vision_config.image_size
-    patches = (size // config.vision_config.patch_size) ** 2
+    side = size // config.vision_config.patch_size
+    patches = int(side * Fraction(getattr(config, "downsample_rate", 1))) ** 2
+    sizes = arguments["image_sizes"]
+    several = arguments.get("batch_num_images")  # LLaVA-OneVision cuts only images that stand alone into tiles
+    alone = [True] * len(sizes) if several is None else [n == 1 for n in several.tolist() for _ in range(n)]
     counts = [
         image_size_to_num_patches(image_size=one, grid_pinpoints=config.image_grid_pinpoints, patch_size=size)
-        for one in arguments["image_sizes"]
+        if cut
+        else 1
+        for one, cut in zip(sizes, alone, strict=True)
     ]
     tiles = torch.ones(sum(counts), patches, 1) if values is None else values
-    packed, _ = host.base.pack_image_features(
+    known = inspect.signature(host.base.pack_image_features).parameters
+    options = {
+        "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", None),
+        "vision_aspect_ratio": arguments.get("vision_aspect_ratio") or getattr(config, "vision_aspect_ratio", None),
+    }
+    packed = host.base.pack_image_features(
         torch.split(tiles, counts, dim=0),
-        arguments["image_sizes"],
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        sizes,
         image_newline=tiles.new_full((tiles.shape[-1],), newline),
+        **{name: value for name, value in options.items() if name in known},
     )
-    return list(packed)
+    return list(packed[0] if isinstance(packed, tuple) else packed)
 
 
 def _per_block(host: Host, arguments: dict[str, Any], observed: Observed | None) -> dict[str, list[Tensor]]:

@@ -8,9 +8,29 @@ Cost: one short run instead of a long one; about one step in ten sees all tokens
 Entry: `with_dualspeed(Trainer)`, `attach(model, DualSpeedConfig())`, `trimtab train`
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from trimtab.dualspeed.attach import DualSpeedHandle, attach
 from trimtab.dualspeed.config import DualSpeedConfig
+from trimtab.dualspeed.inference import PrunedInference, prune_for_inference
 from trimtab.dualspeed.schedule import Mode, mode_of_step
 from trimtab.dualspeed.trainer import with_dualspeed
 
-__all__ = ["DualSpeedConfig", "DualSpeedHandle", "Mode", "attach", "mode_of_step", "with_dualspeed"]
+if TYPE_CHECKING:
+    from trimtab.dualspeed.callback import DualSpeedCallback
+
+__all__ = [
+    "DualSpeedCallback", "DualSpeedConfig", "DualSpeedHandle", "Mode", "PrunedInference", "attach", "mode_of_step",
+    "prune_for_inference", "with_dualspeed",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Load the callback on first use: its base class brings the whole Trainer of transformers with it."""
+    if name != "DualSpeedCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from trimtab.dualspeed.callback import DualSpeedCallback
+
+    return DualSpeedCallback

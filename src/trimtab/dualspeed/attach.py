@@ -7,38 +7,41 @@ a hook after it computes the loss where labels are. In evaluation mode the hooks
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import inspect
-import json
 import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 
 from trimtab.anatomy import (
-    assemble,
-    encode_images,
     full_inputs,
     has_images,
     open_host,
-    question_embeddings,
     read_rows,
-    supplied_needs,
 )
-from trimtab.anatomy.assemble import Positions, RowLayout
+from trimtab.anatomy.assemble import RowLayout
+from trimtab.anatomy.blank import encode_blank
 from trimtab.anatomy.encode import EncodedImages
 from trimtab.dualspeed.config import DualSpeedConfig
-from trimtab.dualspeed.fast_view import KeptTokens, choose_tokens
 from trimtab.dualspeed.isolator import ModeIsolator
 from trimtab.dualspeed.metrics import StepMetrics
+from trimtab.dualspeed.ranks import (
+    SharedStep,
+    inside_forward,
+    needs_lockstep,
+    process_count,
+    refuse_sharded,
+    require_agreement,
+    share_step,
+    touch,
+)
 from trimtab.dualspeed.schedule import Mode, mode_of_step
+from trimtab.dualspeed.view import FastView, by_name
 from trimtab.errors import (
-    RankDisagreementError,
     SettingError,
     TrimtabWarning,
     WrongOrderError,
@@ -46,7 +49,6 @@ from trimtab.errors import (
 )
 from trimtab.files import read_json, write_json_atomic
 from trimtab.ops.label_head import IGNORED, label_losses, states_at_labels
-from trimtab.pruners import build_pruner
 from trimtab.shapes import Tensor
 
 SIDE_FILE = "dualspeed.json"
@@ -67,6 +69,9 @@ class _Step:
     student: Tensor | None = None
     tokens_full: int | None = None
     tokens_kept: int | None = None
+    shared: SharedStep | None = None
+    pace: Any = None
+    """Hook on the embeddings that has to go after the forward."""
     as_tuple: bool = False
     catching: bool = False
 
@@ -80,7 +85,8 @@ def attach(model: Any, config: DualSpeedConfig, *, accumulation_steps: int = 1) 
     so build the optimizer afterwards. Steps are counted in forward calls with gradients.
 
     Args:
-        model: A vision-language model of transformers (``trimtab.check_model`` says which), also inside PEFT.
+        model: A vision-language model of transformers (``trimtab.check_model`` says which), also inside PEFT, and
+            before or after ``torch.compile``.
         config: The settings.
         accumulation_steps: Forward calls per optimizer step, at least 1, so that all of one update share a mode
             (``schedule_unit="optimizer"``).
@@ -100,7 +106,8 @@ def attach(model: Any, config: DualSpeedConfig, *, accumulation_steps: int = 1) 
         )  # fmt: skip
     if accumulation_steps < 1:
         raise setting_error("attach", "accumulation_steps", "at least 1", accumulation_steps)
-    return DualSpeedHandle(model, config, accumulation_steps)
+    # What torch.compile returns calls the model itself, with its hooks.
+    return DualSpeedHandle(getattr(model, "_orig_mod", model), config, accumulation_steps)
 
 
 class DualSpeedHandle:
@@ -112,7 +119,9 @@ class DualSpeedHandle:
         micro_step: Training forward calls so far.
         accumulation_steps: Forward calls per optimizer step.
         optimizer_step: Returns the number of the optimizer step, where somebody else counts (a Trainer); or None.
-        autocast: Returns the context under which images are encoded and losses computed, that of the forward.
+        autocast: Returns the context under which images are encoded and losses computed, that of the forward; finds
+            out by itself whether accelerate has prepared the model for mixed precision.
+        rank_facts: Returns what else must be equal on all processes before the first step, by name.
     """
 
     def __init__(self, model: Any, config: DualSpeedConfig, accumulation_steps: int = 1) -> None:
@@ -120,28 +129,23 @@ class DualSpeedHandle:
             raise WrongOrderError(
                 f"DualSpeed is attached to this {type(model).__name__} already. Call detach() on its handle first."
             )
-        _require_room_for_isolator(config)
         self._host = open_host(model)
-        self._pruner = build_pruner(config.pruner, config.pruner_options)
-        missing = self._pruner.needs - supplied_needs(self._host)
-        if missing:
-            raise SettingError(
-                f"The pruner {config.pruner!r} needs {', '.join(sorted(missing))}, which "
-                f"{type(self._host.model).__name__} cannot supply. Choose one that needs features "
-                "only, such as 'divprune'."
-            )
+        refuse_sharded(model)
+        self._view = FastView(self._host, config)
         self._model = model
         self.config = config
         self._length_open = config.total_steps is None
         self.accumulation_steps = accumulation_steps
         self.optimizer_step: Callable[[], int] | None = None
-        self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = lambda: _forward_autocast(model)
         self.micro_step = 0
         self.isolator = self._make_isolator()
         self._metrics = StepMetrics()
         self._step: _Step | None = None
         self._forced: Mode | None = None
+        self.rank_facts: Callable[[], Mapping[str, Any]] = dict
         self._ranks_agree = False
+        self._lockstep = False
         self._warned_labels = False
         self._removers: list[Any] = []
         self._advise()
@@ -201,6 +205,7 @@ class DualSpeedHandle:
 
         A second call, as a second training makes it, sets it anew.
         """
+        self._ranks_agree = False
         if self.config.schedule == "annealed" and self._length_open:
             self.config = replace(self.config, total_steps=total_steps)
 
@@ -216,16 +221,13 @@ class DualSpeedHandle:
         if not has_images(batch):
             return dict(batch)
         with self.autocast():
-            encoded = encode_images(self._host, batch, self._pruner.needs)
-            layout = read_rows(self._host, batch, [block.shape[0] for block in encoded.blocks])
-            return self._fast_inputs(dict(batch), encoded, layout, self._choose(batch, encoded, layout))
+            return inside_forward(self._model, lambda: self._view.prune(batch, self._prefix, self.micro_step))
 
     def chosen_tokens(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """Return which tokens of every image the pruner keeps; for pictures and checks."""
         with torch.no_grad(), self.autocast():
-            encoded = encode_images(self._host, batch, self._pruner.needs)
-            layout = read_rows(self._host, batch, [block.shape[0] for block in encoded.blocks])
-            return self._choose(batch, encoded, layout).index
+            encoded, layout = inside_forward(self._model, lambda: self._view.encode(batch))
+            return self._view.choose(batch, encoded, layout, self.micro_step).index
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside weights and optimizer; plain numbers and strings."""
@@ -233,19 +235,26 @@ class DualSpeedHandle:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
+        self._ranks_agree = False
         self.micro_step = int(state["micro_step"])
         self._metrics.steps.update(state["steps"])
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, write: bool = True) -> None:
         """Write the side files ``dualspeed.json`` and ``isolator.safetensors``, each whole or not at all.
+
+        Args:
+            folder: Where to.
+            write: Whether this process writes. With a sharded model (FSDP, ZeRO-3) every process must call this, since
+                the isolator is gathered from all; let one of them write.
 
         Raises:
             OutputError: A file cannot be written.
         """
         target = Path(folder)
-        write_json_atomic(target / SIDE_FILE, self.state_dict())
         if self.isolator is not None:
-            self.isolator.save(target)
+            self.isolator.save(target, write=write)
+        if write:
+            write_json_atomic(target / SIDE_FILE, self.state_dict())
 
     def load_pretrained(self, folder: str | Path) -> None:
         """Continue from the side files of an earlier `save_pretrained`.
@@ -282,16 +291,18 @@ class DualSpeedHandle:
         for remover in self._removers:
             remover()
         self._removers.clear()
-        self._step = None
+        self._end_step()
         _attached.discard(self._model)
 
     # hooks ------------------------------------------------------------------------------------------------------
 
+    # Of a compiled model the hooks stay ordinary Python, and with them the encoder and the teacher that they call.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._step = None
+        self._end_step()
         if not module.training:
             return None
-        inputs = self._by_name(args, kwargs)
+        inputs = by_name(self._host, args, kwargs)
         if self.config.prunes_nothing and self._forced != "slow":
             if torch.is_grad_enabled() and inputs.get("labels") is not None:
                 self._step = _Step("fast")
@@ -307,12 +318,14 @@ class DualSpeedHandle:
         self._step = step
         return (), inputs
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _catch(self, module: Any, args: Any, output: Any) -> None:
         if self._step is not None and self._step.catching:
             self._step.student = output.last_hidden_state
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        step, self._step = self._step, None
+        step = self._end_step()
         if step is None:
             return None
         self.micro_step += 1
@@ -324,6 +337,13 @@ class DualSpeedHandle:
         result = type(output)(loss=loss, **rest)
         return result.to_tuple() if step.as_tuple else result
 
+    def _end_step(self) -> _Step | None:
+        """Forget the step between the two hooks, also one whose forward did not come to its end, and return it."""
+        step, self._step = self._step, None
+        if step is not None and step.pace is not None:
+            step.pace.remove()
+        return step
+
     def _prepare(self, mode: Mode, inputs: dict[str, Any]) -> tuple[_Step, dict[str, Any]]:
         """Turn the user's arguments into those of the step's student, and run the teacher of a slow step."""
         step = _Step(mode, items=inputs.pop("num_items_in_batch", None), tokens_full=0, tokens_kept=0)
@@ -331,36 +351,60 @@ class DualSpeedHandle:
         inputs.setdefault("use_cache", False)
         if "logits_to_keep" in self._host.forward_names:
             inputs["logits_to_keep"] = 1
+        if self._lockstep:
+            kinds = [inputs.get(kind.pixels) is not None for kind in self._host.modalities]
+            step.shared = share_step(kinds, (inputs["labels"] != IGNORED).sum())
         if not has_images(inputs):
-            layout = read_rows(self._host, inputs, [])
-            step.labels = self._clean_labels(inputs["labels"], layout)
+            layout = read_rows(self._host, inputs, None)
+            step.labels = inputs["labels"] = self._clean_labels(inputs["labels"], layout)
+            if step.shared is not None and step.shared.visual:
+                self._keep_pace(step, inputs)
             return step, {**inputs, "labels": None}
-        encoded = encode_images(self._host, inputs, self._pruner.needs)
-        layout = read_rows(self._host, inputs, [block.shape[0] for block in encoded.blocks])
+        encoded, layout = self._view.encode(inputs)
         inputs["labels"] = self._clean_labels(inputs["labels"], layout)
         step.tokens_full = step.tokens_kept = sum(block.shape[0] for block in encoded.blocks)
         if mode == "slow":
             step.teacher = self._teach(inputs, encoded, layout)
             student = full_inputs(self._host, inputs, encoded)
         else:
-            kept = self._choose(inputs, encoded, layout)
+            kept = self._view.choose(inputs, encoded, layout, self.micro_step)
             step.tokens_kept = kept.count
-            student = self._fast_inputs(inputs, encoded, layout, kept)
+            student = self._view.shorten(inputs, encoded, layout, kept, self._prefix)
         step.labels = student["labels"]
         return step, {**student, "labels": None}
+
+    def _keep_pace(self, step: _Step, inputs: dict[str, Any]) -> None:
+        """Call the modules that other processes call for their images, though this batch has none."""
+        embeddings = self._host.model.get_input_embeddings()
+        blank = encode_blank(self._host, inputs["input_ids"].device)
+        teaches = step.mode == "slow" and self.config.kl_weight != 0
+        if "text" in self._view.pruner.needs and (step.mode == "fast" or teaches):
+            with torch.no_grad():
+                embeddings(inputs["input_ids"])
+        if step.mode == "fast" and self.isolator is not None:
+            blank = blank + self.isolator().sum()
+        if teaches:
+            view = {name: value for name, value in inputs.items() if name not in ("labels", "logits_to_keep")}
+            with torch.no_grad():
+                _ = self._prefix  # gathered here, as for a view with images
+                hidden = self._host.last_states(view)
+            step.teacher, _ = states_at_labels(hidden, inputs["labels"])
+        # With weight zero the blank image enters where features do, so that the backward pass goes the same way too.
+        step.pace = embeddings.register_forward_hook(lambda module, args, output: output + 0 * blank.to(output.dtype))
 
     def _teach(self, inputs: dict[str, Any], encoded: EncodedImages, layout: RowLayout) -> Tensor | None:
         """Return the states of the pruned view at the labels, or None where it would teach nothing."""
         if self.config.kl_weight == 0:
             return None
         with torch.no_grad():
-            kept = self._choose(inputs, encoded, layout)
-            if self.isolator is None and kept.count == sum(block.shape[0] for block in encoded.blocks):
+            kept = self._view.choose(inputs, encoded, layout, self.micro_step)
+            everything = kept.count == sum(block.shape[0] for block in encoded.blocks)
+            if everything and self.isolator is None and not self._lockstep:
                 return None
-            view = self._fast_inputs(inputs, encoded, layout, kept)
+            view = self._view.shorten(inputs, encoded, layout, kept, self._prefix)
             labels = view.pop("labels")
             view.pop("logits_to_keep", None)
-            states, _ = states_at_labels(self._host.base(**view).last_hidden_state, labels)
+            states, _ = states_at_labels(self._host.last_states(view), labels)
         # Under a caller's autocast, older releases of torch keep the weights that were cast without gradients, and the
         # student would train none of them.
         torch.clear_autocast_cache()
@@ -372,7 +416,19 @@ class DualSpeedHandle:
         config, count = self.config, labels.shape[0]
         with self.autocast():
             ce_sum, kl_sum = label_losses(
-                states, step.teacher, labels, self._host.head, config.temperature, config.head_chunk
+                states,
+                step.teacher,
+                labels,
+                self._host.head,
+                config.temperature,
+                config.head_chunk,
+                least_chunks=1 if step.shared is None else -(-step.shared.labels // config.head_chunk),
+            )
+        if not ce_sum.requires_grad and self._host.decoder_trains:
+            raise SettingError(
+                "No gradient reaches the trainable parameters of the language model. This happens with reentrant "
+                "gradient checkpointing (use_reentrant=True) over frozen embeddings, as with LoRA: set use_reentrant "
+                "to False, or call model.enable_input_require_grads()."
             )
         if count == 0:
             self._metrics.unlabelled_batches += 1
@@ -386,38 +442,27 @@ class DualSpeedHandle:
         if step.teacher is not None:
             total = total + config.kl_weight * config.temperature**2 * kl_sum
         loss = total / _at_least_one(count if step.items is None else step.items)
-        if self.isolator is not None:
-            # A path to the isolator in every step, so that data parallel training needs no search for unused parts.
-            loss = loss + 0 * self.isolator.rows.sum()
+        loss = self._reach_every_part(loss)
         mean = max(count, 1)
         kl = None if step.teacher is None else kl_sum / mean
         self._metrics.note(step.mode, step.tokens_full, step.tokens_kept, ce_sum / mean, kl)
-        return loss.reshape(())
+        return loss.sum()  # one number, and no view: a Trainer scales it in place, which would cut off hooks on it
+
+    def _reach_every_part(self, loss: Tensor) -> Tensor:
+        """Give all that trains a gradient on every process, so that none waits for another in the backward pass."""
+        if self.isolator is not None:
+            loss = loss + 0 * self.isolator().sum()
+        if process_count() > 1 and not self._lockstep:
+            # Batches without images, and layers of a vision tower behind the one that gives the features.
+            decoder = {id(one) for one in self._host.model.get_decoder().parameters()}
+            loss = touch(loss, (one for one in self._host.base.parameters() if id(one) not in decoder))
+        return loss
 
     # parts --------------------------------------------------------------------------------------------------------
 
-    def _choose(self, inputs: Mapping[str, Any], encoded: EncodedImages, layout: RowLayout) -> KeptTokens:
-        text = None
-        if "text" in self._pruner.needs:
-            text = question_embeddings(self._host, inputs, layout.placeholder, layout.block_rows)
-        return choose_tokens(self._pruner, self.config, encoded, (self.config.seed, self.micro_step), text)
-
-    def _fast_inputs(
-        self, inputs: dict[str, Any], encoded: EncodedImages, layout: RowLayout, kept: KeptTokens
-    ) -> dict[str, Any]:
-        positions = self.config.positions
-        if positions == "auto":
-            positions = "original" if self._host.family.rotary == "multimodal" else "renumber"
-        return assemble(
-            self._host,
-            inputs,
-            encoded,
-            kept.index,
-            prefix=None if self.isolator is None else self.isolator.rows,
-            tokens=kept.tokens,
-            positions=cast("Positions", positions),
-            layout=layout,
-        )
+    @property
+    def _prefix(self) -> Tensor | None:
+        return None if self.isolator is None else self.isolator()
 
     def _clean_labels(self, labels: Tensor, layout: RowLayout) -> Tensor:
         if layout.labelled and not self._warned_labels:
@@ -433,10 +478,6 @@ class DualSpeedHandle:
         # two views, padded differently, would disagree on how many labels there are.
         first = layout.real & (layout.real.cumsum(1) == 1)
         return labels.masked_fill(layout.placeholder | ~layout.real | first, IGNORED)
-
-    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        names = list(inspect.signature(type(self._host.model).forward).parameters)[1:]
-        return {**dict(zip(names, args, strict=False)), **kwargs}
 
     def _refuse(self, inputs: dict[str, Any]) -> None:
         if inputs.get("past_key_values") is not None:
@@ -466,18 +507,11 @@ class DualSpeedHandle:
 
     def _check_ranks(self, mode: Mode) -> None:
         """Before the first step, make sure that every process would do the same."""
-        if self._ranks_agree or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if self._ranks_agree:
             return
-        own = {**self.config.to_dict(), "isolator_from": None}
-        mine = (hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12], self.micro_step, mode)
-        everyone: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, mine)
-        if len(set(everyone)) > 1:
-            listed = "; ".join(f"rank {rank}: {found}" for rank, found in enumerate(everyone))
-            raise RankDisagreementError(
-                f"The processes disagree on settings, step or mode (digest of the settings, step, mode): {listed}. "
-                "Give every process the same DualSpeedConfig and resume all from one checkpoint."
-            )
+        settings = {**self.config.to_dict(), "isolator_from": None}
+        require_agreement({**settings, "step": self.micro_step, "mode": mode, **self.rank_facts()})
+        self._lockstep = needs_lockstep(self._model)
         self._ranks_agree = True
 
     # coming and going -----------------------------------------------------------------------------------------------
@@ -487,7 +521,9 @@ class DualSpeedHandle:
         if config.isolator_tokens == 0:
             return None
         weight = self._host.model.get_input_embeddings().weight
-        isolator = ModeIsolator(config.isolator_tokens, self._host.width, config.seed, weight.device, weight.dtype)
+        # Embeddings may be packed (4 or 8 bits); what comes out of them is of the type that the model computes in.
+        dtype = weight.dtype if weight.is_floating_point() else self._host.model.dtype
+        isolator = ModeIsolator(config.isolator_tokens, self._host.width, config.seed, weight.device, dtype)
         if config.isolator_from is not None:
             isolator.load(Path(config.isolator_from))
         return isolator
@@ -510,7 +546,7 @@ class DualSpeedHandle:
         hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
-            self._host.base.register_forward_hook(self._catch),
+            self._host.body.register_forward_hook(self._catch),
         ]
         self._removers = [hook.remove for hook in hooks]
         _attached.add(model)
@@ -525,6 +561,16 @@ class DualSpeedHandle:
             self._removers.append(lambda: _restore(model, "_keys_to_ignore_on_save", own))
 
 
+def _forward_autocast(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return the autocast that accelerate puts around the forward of a model that it prepares; hooks run outside."""
+    if "_original_forward" not in vars(model):
+        return contextlib.nullcontext()
+    from accelerate.utils import get_mixed_precision_context_manager
+
+    context: contextlib.AbstractContextManager[Any] = get_mixed_precision_context_manager(native_amp=True)
+    return context
+
+
 def _at_least_one(items: Tensor | int) -> Tensor | int:
     """Where nothing at all is supervised the sum is 0, and so shall the loss be."""
     return items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
@@ -535,15 +581,6 @@ def _changed_settings(stored: DualSpeedConfig, now: DualSpeedConfig) -> list[str
     before, after = stored.to_dict(), now.to_dict()
     names = [name for name in after if name not in ("isolator_from", "total_steps") and before[name] != after[name]]
     return [f"{name}={before[name]!r}, now {after[name]!r}" for name in names]
-
-
-def _require_room_for_isolator(config: DualSpeedConfig) -> None:
-    if config.isolator_tokens and (config.pruner == "keep_all" or config.keep_ratio == 1):
-        kept = "pruner='keep_all'" if config.pruner == "keep_all" else "keep_ratio=1"
-        raise setting_error(
-            "DualSpeedConfig", "isolator_tokens", f"0 with {kept}, which drops no token whose place the isolator could "
-            "take", config.isolator_tokens,
-        )  # fmt: skip
 
 
 class _Absent:

@@ -49,8 +49,8 @@ def choose_tokens(
 ) -> KeptTokens:
     """Let the pruner choose, once for all tiles of one size.
 
-    Where the ratio leaves a tile whole nothing is chosen. Newline rows of packed images carry no picture: they are
-    dropped first, and kept only with the whole tile.
+    Where the ratio leaves a tile whole nothing is chosen. Newline rows of packed images and videos carry no picture:
+    they are dropped first, and kept only with the whole image or video.
 
     Args:
         pruner: The pruner.
@@ -97,6 +97,9 @@ def _tiles(config: DualSpeedConfig, encoded: EncodedImages) -> list[_Tile]:
                     keep = min(keep, size - filler[1])
                 tiles.append(_Tile(block, start, size, size if config.pruner == "keep_all" else keep))
             start += size
+        rest = encoded.blocks[block].shape[0] - start
+        if rest and all(tile.keep == tile.size for tile in tiles if tile.block == block):
+            tiles.append(_Tile(block, start, rest, rest))
     return tiles
 
 

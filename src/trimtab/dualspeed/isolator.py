@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
+from trimtab.dualspeed.ranks import fill, whole
 from trimtab.errors import OutputError, SettingError
 from trimtab.files import write_bytes_atomic
 from trimtab.shapes import Float, Tensor
@@ -35,16 +36,22 @@ class ModeIsolator(nn.Module):
         self.rows = nn.Parameter((uniform / width**0.5).to(device=device, dtype=dtype))
 
     def forward(self) -> Float[Tensor, "prefix width"]:
-        """Return the rows."""
-        return self.rows
+        """Return the rows, as a copy: what gathers a sharded parameter for a module takes it back afterwards."""
+        return self.rows.clone()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, write: bool = True) -> None:
         """Write the rows to ``isolator.safetensors`` in a folder, whole or not at all.
+
+        Args:
+            folder: Where to.
+            write: Whether this process writes; where the rows are sharded all processes must call this.
 
         Raises:
             OutputError: The file cannot be written.
         """
-        write_bytes_atomic(folder / FILE_NAME, save({KEY: self.rows.detach().cpu().contiguous()}))
+        rows = whole(self.rows)
+        if write:
+            write_bytes_atomic(folder / FILE_NAME, save({KEY: rows.cpu().contiguous()}))
 
     def load(self, source: Path) -> None:
         """Take over the rows of a file, or of the file in a folder (also in its ``dualspeed`` folder).
@@ -69,8 +76,7 @@ class ModeIsolator(nn.Module):
                 f"{tuple(self.rows.shape)} (isolator_tokens x width of the language model). Set "
                 f"isolator_tokens={rows.shape[0]}, or start afresh with isolator_from=None."
             )
-        with torch.no_grad():
-            self.rows.copy_(rows)
+        fill(self.rows, rows)
 
 
 def find_isolator(source: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trimtab.data import MaskPlaceholders
 from trimtab.dualspeed.attach import DualSpeedHandle
 from trimtab.dualspeed.config import DualSpeedConfig
+from trimtab.dualspeed.ranks import is_sharded
 from trimtab.errors import SettingError, setting_error
 
 if TYPE_CHECKING:
@@ -51,17 +52,25 @@ class _DualSpeedMixin:
     dualspeed: DualSpeedHandle | None = None
 
     def __init__(self, *args: Any, dualspeed: DualSpeedConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        config = _read_config(dualspeed)
+        config = read_config(dualspeed, "with_dualspeed", "dualspeed")
         super().__init__(*args, **kwargs)
         if config is None:
             return
         me: Any = self
-        _refuse_arguments(me.args)
+        refuse_arguments(me.args)
         if not config.prunes_nothing and me.compute_loss_func is not None:
             raise SettingError("compute_loss_func has no place beside DualSpeed's own loss. Give one of the two.")
+        if me.model_init is not None:
+            raise SettingError(
+                "model_init makes the Trainer build a new model in train(), after DualSpeed was attached. Give the "
+                "model itself."
+            )
         handle = DualSpeedHandle(me.model, config, me.args.gradient_accumulation_steps)
         handle.optimizer_step = lambda: me.state.global_step
         handle.autocast = me.accelerator.autocast
+        handle.rank_facts = lambda: rank_facts(
+            me.args, me.state, me.train_dataset, me.callback_handler.train_dataloader
+        )
         me.dualspeed = handle
         if not config.prunes_nothing:
             me.data_collator = MaskPlaceholders(me.data_collator, handle.image_token_ids)
@@ -90,8 +99,7 @@ class _DualSpeedMixin:
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Tell an annealed schedule how long the run is, then go on as the Trainer does."""
         if self.dualspeed is not None:
-            per_step = 1 if self.dualspeed.config.schedule_unit == "optimizer" else self.dualspeed.accumulation_steps
-            self.dualspeed.spread_over(num_training_steps * per_step)
+            spread_over_updates(self.dualspeed, num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -104,34 +112,75 @@ class _DualSpeedMixin:
         """Save an ordinary checkpoint, and the side files in ``dualspeed/`` beside it."""
         me: Any = self
         super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
-        if self.dualspeed is not None and me.args.should_save:
-            self.dualspeed.save_pretrained(Path(output_dir or me.args.output_dir) / SIDE_FOLDER)
+        if self.dualspeed is not None:
+            folder = Path(output_dir or me.args.output_dir) / SIDE_FOLDER
+            self.dualspeed.save_pretrained(folder, write=me.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         me: Any = self
-        if not _load_converted(me.model, Path(resume_from_checkpoint)):
+        if not load_converted(me.model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         if self.dualspeed is not None:
             self.dualspeed.load_pretrained(Path(resume_from_checkpoint) / SIDE_FOLDER)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        me: Any = self
+        if checkpoint is not None and _is_sharded_elsewhere(me, Path(checkpoint)):
+            _load_named_optimizer(me, Path(checkpoint))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None and self.dualspeed is not None and me.is_deepspeed_enabled:
+            # DeepSpeed loads its checkpoints without _load_from_checkpoint.
+            self.dualspeed.load_pretrained(Path(checkpoint) / SIDE_FOLDER)
+
     def _load_best_model(self) -> None:
         me: Any = self
         best = Path(me.state.best_model_checkpoint)
-        if not _load_converted(me.model, best):
+        if not load_converted(me.model, best):
             super()._load_best_model()  # type: ignore[misc]
         if self.dualspeed is not None and self.dualspeed.isolator is not None:
             self.dualspeed.isolator.load(best / SIDE_FOLDER)
 
 
-def _read_config(dualspeed: DualSpeedConfig | Mapping[str, Any] | None) -> DualSpeedConfig | None:
-    if dualspeed is None or isinstance(dualspeed, DualSpeedConfig):
-        return dualspeed
-    if isinstance(dualspeed, Mapping):
-        return DualSpeedConfig.from_dict(dualspeed)
-    raise setting_error("with_dualspeed", "dualspeed", "a DualSpeedConfig, a mapping of its fields, or None", dualspeed)
+def rank_facts(args: Any, state: Any, rows: Any, loader: Any) -> dict[str, Any]:
+    """What a Trainer must have in common with those of the other processes: the length of the data and the place in it.
+
+    A process with fewer batches would stop while the others wait for it.
+    """
+    return {
+        "rows of train_dataset": len(rows) if hasattr(rows, "__len__") else None,
+        "batches per epoch": len(loader) if hasattr(loader, "__len__") else None,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "max_steps": state.max_steps,
+        "global_step": state.global_step,
+    }
 
 
-def _refuse_arguments(args: Any) -> None:
+def read_config(value: DualSpeedConfig | Mapping[str, Any] | None, owner: str, setting: str) -> DualSpeedConfig | None:
+    """Return the settings that a caller gave as such or as a mapping, or None for None.
+
+    Raises:
+        SettingError: Something else came, or a field is wrong.
+    """
+    if value is None or isinstance(value, DualSpeedConfig):
+        return value
+    if isinstance(value, Mapping):
+        return DualSpeedConfig.from_dict(value)
+    raise setting_error(owner, setting, "a DualSpeedConfig, a mapping of its fields, or None", value)
+
+
+def spread_over_updates(handle: DualSpeedHandle, updates: int) -> None:
+    """Tell an annealed schedule how many optimizer steps the run has."""
+    per_update = 1 if handle.config.schedule_unit == "optimizer" else handle.accumulation_steps
+    handle.spread_over(updates * per_update)
+
+
+def refuse_arguments(args: Any) -> None:
+    """Refuse the TrainingArguments under which DualSpeed would not do what they say.
+
+    Raises:
+        SettingError: Names the argument and what to set.
+    """
     for name in ("label_smoothing_factor",):
         if getattr(args, name, 0):
             raise SettingError(f"{name}={getattr(args, name)!r} has no meaning in DualSpeed's own loss. Set it to 0.")
@@ -140,12 +189,12 @@ def _refuse_arguments(args: Any) -> None:
             f"One process sees {args.n_gpu} GPUs and would copy the model to each (DataParallel), which DualSpeed does "
             "not support. Start one process per GPU (accelerate launch ...), or set CUDA_VISIBLE_DEVICES to one."
         )
-    for name in ("packing", "padding_free", "torch_compile"):
+    for name in ("packing", "padding_free"):
         if getattr(args, name, False):
             raise SettingError(f"{name}=True is not supported with DualSpeed yet. Set it to False.")
 
 
-def _load_converted(model: Any, folder: Path) -> bool:
+def load_converted(model: Any, folder: Path) -> bool:
     """Load the weights of a checkpoint under the names that the live model has, if it is a whole model on this rank.
 
     Some models (LLaVA among them) are saved under older names; transformers up to 5.23 converts these in
@@ -153,8 +202,27 @@ def _load_converted(model: Any, folder: Path) -> bool:
     """
     from transformers import PreTrainedModel
 
-    if not isinstance(model, PreTrainedModel) or not any(folder.glob("model*.safetensors*")):
+    if not isinstance(model, PreTrainedModel) or is_sharded(model) or not any(folder.glob("model*.safetensors*")):
         return False
     stored = type(model).from_pretrained(folder, dtype=model.dtype)
     model.load_state_dict(stored.state_dict(), strict=False)
     return True
+
+
+def _is_sharded_elsewhere(trainer: Any, folder: Path) -> bool:
+    """Whether a checkpoint has the whole optimizer state as FSDP writes it, but this run does not use FSDP."""
+    plain = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or (folder / "optimizer.pt").is_file()
+    return not plain and (folder / "optimizer.bin").is_file()
+
+
+def _load_named_optimizer(trainer: Any, folder: Path) -> None:
+    """Load the optimizer state of an FSDP run, which goes by names of parameters, and the scheduler beside it."""
+    import torch
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    state = torch.load(folder / "optimizer.bin", map_location="cpu", weights_only=True)
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    # A parameter that never had a gradient (the end of a LLaVA tower) has no state in the checkpoint.
+    options = StateDictOptions(strict=False)
+    set_optimizer_state_dict(trainer.model, optimizer, state, options=options)
+    trainer.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", map_location="cpu", weights_only=True))

@@ -61,43 +61,51 @@ def label_losses(
     head: Head,
     temperature: float = 1.0,
     chunk: int = 1024,
+    least_chunks: int = 1,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Sum cross-entropy and KL(teacher || student) over supervised labels, chunk by chunk.
 
     With more than one chunk each is recomputed in the backward pass, so that at most ``chunk`` rows of scores
-    (twice that with a teacher) exist at a time.
+    (twice that with a teacher) exist at a time. A chunk without labels passes one row of zeros through the head with
+    weight zero, so that the number of chunks alone decides how often the head is called.
 
     Args:
         student_states: States that predict the labels; gradients flow.
         teacher_states: States of the teacher for the same labels in the same order, or None for no KL. No
             gradient flows into them or, through them, into the head.
         labels: The labels, without -100.
-        head: States to scores; called once per chunk and side.
+        head: States to scores; called once per chunk and side, and once more where a chunk is recomputed.
         temperature: Temperature of the KL, above 0; its square is left to the caller.
         chunk: Labels per chunk, at least 1.
+        least_chunks: Make at least this many chunks, so that processes that share a sharded head call it equally often.
 
     Returns:
         Sum of cross-entropies and sum of KL, in nats; 0 (with a gradient path) where there is no label.
     """
 
     def losses(student: Tensor, teacher: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor]:
+        if not target.shape[0]:
+            student = student.new_zeros(1, student.shape[1]) + student.sum()
+            teacher = None if teacher is None else student.detach()
         scores = head(student)
         wide = scores if scores.dtype == torch.float64 else scores.float()
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_scores = head(teacher)
+        if not target.shape[0]:
+            nothing = wide.sum() * 0
+            return nothing, nothing.detach().clone()
         ce = functional.cross_entropy(wide, target, reduction="sum")
         if teacher is None:
             return ce, ce.new_zeros(())
-        with torch.no_grad():
-            teacher_scores = head(teacher)
         return ce, kl_divergence(teacher_scores, wide, temperature).sum()
 
     count = labels.shape[0]
-    if count == 0:
-        nothing = student_states.sum() * 0
-        return nothing, nothing.detach().clone()
-    if count <= chunk:
+    chunks = max(least_chunks, -(-count // chunk))
+    if chunks <= 1:
         return losses(student_states, teacher_states, labels)
     pieces = []
-    for start in range(0, count, chunk):
+    for start in range(0, chunks * chunk, chunk):
         part = slice(start, start + chunk)
         teacher = None if teacher_states is None else teacher_states[part]
         pieces.append(checkpoint(losses, student_states[part], teacher, labels[part], use_reentrant=False))

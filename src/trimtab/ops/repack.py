@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trimtab.shapes import Bool, Int, Tensor
+from trimtab.shapes import Bool, Float, Int, Tensor
 
 
 def repack_index(
@@ -47,7 +47,9 @@ def gather_places(
     return values.gather(-1, index).masked_fill(~real, padding)
 
 
-def close_gaps(positions: Int[Tensor, "axis row seq"], real: Bool[Tensor, "row seq"]) -> Int[Tensor, "axis row seq"]:
+def close_gaps(
+    positions: Int[Tensor, "axis row seq"] | Float[Tensor, "axis row seq"], real: Bool[Tensor, "row seq"]
+) -> Int[Tensor, "axis row seq"] | Float[Tensor, "axis row seq"]:
     """Renumber positions densely, row by row, keeping their order and their ties.
 
     All coordinates of a row share one scale: the smallest becomes 0 and each next distinct value one more, so
@@ -55,7 +57,7 @@ def close_gaps(positions: Int[Tensor, "axis row seq"], real: Bool[Tensor, "row s
     are. Padded places get 0.
 
     Args:
-        positions: Non-negative coordinates.
+        positions: Non-negative coordinates; some models count time in fractions.
         real: Which places count.
 
     Returns:
@@ -64,7 +66,8 @@ def close_gaps(positions: Int[Tensor, "axis row seq"], real: Bool[Tensor, "row s
     axes, rows, places = positions.shape
     flat = positions.permute(1, 0, 2).reshape(rows, axes * places)
     counts = real.repeat(1, axes)
-    far = torch.iinfo(positions.dtype).max
+    limits = torch.finfo if positions.is_floating_point() else torch.iinfo
+    far = limits(positions.dtype).max
     ordered, order = flat.masked_fill(~counts, far).sort(dim=1)
     steps = torch.zeros_like(ordered)
     steps[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).to(ordered.dtype)
