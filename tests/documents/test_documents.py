@@ -25,6 +25,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.MULTILINE))
 CLI = typer.main.get_command(app)
+OTHERS = {"swift"}
+"""Commands of other frameworks, whose options are not looked at."""
 TAKES_SETTINGS = {"train", "eval", "check", "bench"}
 documents = pytest.mark.parametrize("path", DOCUMENTS, ids=short)
 
@@ -69,7 +71,7 @@ def check_command(words: list[str]) -> None:
         script = words[2].replace(".", "/") if words[1] == "-m" else words[1].removesuffix(".py")
         assert (ROOT / f"{script}.py").is_file() or (ROOT / script).is_dir(), f"there is no script {words[1:3]}"
     else:
-        assert words[0] in {"git", "cd"}, f"what is {words[0]}?"
+        assert words[0] in {"git", "cd", *OTHERS}, f"what is {words[0]}?"
 
 
 @documents

@@ -28,7 +28,8 @@ def test_examples_are_short(path: Path) -> None:
 
 
 def test_these_are_the_examples() -> None:
-    assert [path.stem for path in EXAMPLES] == ["own_pruner", "plain_loop", "trainer_two_lines"]
+    names = ["own_pruner", "plain_loop", "trainer_two_lines", "trl_plain", "trl_two_lines", "two_gpus"]
+    assert [path.stem for path in EXAMPLES] == names
 
 
 @pytest.mark.parametrize("name", ["trainer_two_lines", "plain_loop"])

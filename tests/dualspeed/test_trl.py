@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.tiny import IMAGE, tiny_llava, tiny_processor, weights
+from tests.dualspeed.common import SUM_ORDER
+from tests.tiny import IMAGE, gradients, tiny_llava, tiny_processor, weights
 
 import trimtab
 from trimtab import DualSpeedConfig
@@ -19,8 +20,6 @@ Image = pytest.importorskip("PIL.Image")
 pytestmark = [
     # TRL 1.16 itself sets the name that transformers 5.23 has deprecated.
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
-    # TRL supervises every token of a conversation that has no assistant mask, the placeholders among them.
-    pytest.mark.filterwarnings("ignore:(?s).*placeholder.*:trimtab.errors.TrimtabWarning"),
 ]
 
 
@@ -42,18 +41,27 @@ def conversations(rows: int = 8) -> Any:
     return Dataset.from_list(made)
 
 
-def sft(out: Path, **changes: Any) -> Any:
-    arguments = trl.SFTConfig(
-        output_dir=str(out), max_steps=6, per_device_train_batch_size=2, report_to="none", use_cpu=True, bf16=False,
-        max_length=None, save_strategy="no", logging_steps=1, disable_tqdm=True, learning_rate=1e-3,
-    )  # fmt: skip
-    settings = DualSpeedConfig(keep_ratio=0.2, slow_ratio=0.5, schedule="bernoulli", seed=1)
+def frozen_tower_llava() -> Any:
     model = tiny_llava()
     # The last layer of the tower has no gradient, and the method keeps the tower frozen.
     model.model.vision_tower.requires_grad_(False)
-    return trimtab.with_dualspeed(trl.SFTTrainer)(
-        model=model, args=arguments, train_dataset=conversations(), processing_class=tiny_processor(),
-        dualspeed=settings, **changes,
+    return model
+
+
+def sft(out: Path, settings: Any = "usual", kind: Any = None, arguments: Any = None, **changes: Any) -> Any:
+    """Return an SFTTrainer with DualSpeed; `kind` is another class, which is taken as it is."""
+    options = {
+        "output_dir": str(out), "max_steps": 6, "per_device_train_batch_size": 2, "report_to": "none", "use_cpu": True,
+        "bf16": False, "max_length": None, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True,
+        "learning_rate": 1e-3, **(arguments or {}),
+    }  # fmt: skip
+    if settings == "usual":
+        settings = DualSpeedConfig(keep_ratio=0.2, slow_ratio=0.5, schedule="bernoulli", seed=1)
+    if kind is None:
+        kind, changes = trimtab.with_dualspeed(trl.SFTTrainer), {"dualspeed": settings, **changes}
+    return kind(
+        model=frozen_tower_llava(), args=trl.SFTConfig(**options), train_dataset=conversations(),
+        processing_class=tiny_processor(), **changes,
     )  # fmt: skip
 
 
@@ -99,6 +107,82 @@ def test_sft_with_lora_trains_adapter_and_isolator(tmp_path: Path) -> None:
     assert saved
     assert all("lora" in key for key in saved), "the adapter file holds the adapter only"
     assert (tmp_path / "final" / "dualspeed" / "isolator.safetensors").is_file()
+
+
+class Recorder(trl.SFTTrainer):
+    """An SFTTrainer that keeps what goes into its steps."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        seen = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        self.seen = [*getattr(self, "seen", []), (seen, num_items_in_batch)]
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+PLAIN_STEPS = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "lr_scheduler_type":
+               "constant", "gradient_accumulation_steps": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize("slow_ratio", [0.5, 1.0])
+def test_sft_takes_the_very_steps_of_the_plain_loop(tmp_path: Path, slow_ratio: float) -> None:
+    """TRL computes its loss from log probabilities; with DualSpeed the one of the hooks counts, KL included."""
+    settings = DualSpeedConfig(keep_ratio=0.2, slow_ratio=slow_ratio, schedule="bernoulli", seed=1)
+    trainer = sft(tmp_path, kind=trimtab.with_dualspeed(Recorder), arguments=PLAIN_STEPS, dualspeed=settings)
+    trainer.train()
+    assert trainer.dualspeed.metrics()["steps_slow"]
+
+    model = frozen_tower_llava()
+    handle = trimtab.attach(model, settings, accumulation_steps=2)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for number, (batch, items) in enumerate(trainer.seen):
+        model(**batch, num_items_in_batch=items).loss.backward()
+        if number % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(trainer.seen) == 4
+    for key, value in weights(model).items():
+        assert torch.equal(weights(trainer.model)[key], value), key
+    assert handle.state_dict() == trainer.dualspeed.state_dict()
+
+
+def test_the_kl_is_part_of_the_loss_and_of_the_gradients(tmp_path: Path) -> None:
+    """Three weights of the KL on one batch: loss and gradients are linear in it, and the slope is the KL."""
+    found = {}
+    for weight in (0.0, 1.0, 3.0):
+        settings = DualSpeedConfig(keep_ratio=0.2, slow_ratio=1.0, kl_weight=weight)
+        trainer = sft(tmp_path, settings)
+        trainer.model.train()
+        batch = next(iter(trainer.get_train_dataloader()))
+        labels = int((batch["labels"][:, 1:] != -100).sum())
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(2 * labels))
+        loss.backward()
+        found[weight] = (loss.detach(), gradients(trainer.model), trainer.dualspeed.metrics()["kl"])
+    kl = found[1.0][2]
+    assert kl > 0.01
+    # Half of the mean per label, since the count said that the update has twice as many.
+    torch.testing.assert_close(found[1.0][0] - found[0.0][0], torch.tensor(kl / 2), **SUM_ORDER)
+    torch.testing.assert_close(found[3.0][0] - found[0.0][0], torch.tensor(3 * kl / 2), **SUM_ORDER)
+    for name, without in found[0.0][1].items():
+        one, three = found[1.0][1][name] - without, found[3.0][1][name] - without
+        torch.testing.assert_close(three, 3 * one, **SUM_ORDER)
+    head = "lm_head.weight"
+    assert (found[1.0][1][head] - found[0.0][1][head]).abs().max() > 1e-3, "the KL pulls at the head"
+
+
+@pytest.mark.parametrize(
+    "off",
+    [None, DualSpeedConfig(keep_ratio=1.0, slow_ratio=0.0, isolator_tokens=0)],
+    ids=["no settings", "all settings off"],
+)
+def test_without_the_method_the_numbers_are_those_of_sft(tmp_path: Path, off: Any) -> None:
+    plain, ours = sft(tmp_path / "plain", kind=trl.SFTTrainer), sft(tmp_path / "ours", off)
+    for trainer in (plain, ours):
+        trainer.train()
+    losses = [[entry["loss"] for entry in one.state.log_history if "loss" in entry] for one in (plain, ours)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6
+    assert weights(ours.model).keys() == weights(plain.model).keys()
+    for key, value in weights(plain.model).items():
+        assert torch.equal(weights(ours.model)[key], value), key
 
 
 def test_the_conversations_hold_one_image_each() -> None:
