@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "methods": FLOOR | {"ops", "anatomy"},
     "quickstart": FLOOR | {"ops", "anatomy", "pruners", "data", "evaluate", "bench", "report", "dualspeed", "run"},
     "run": FLOOR | {"ops", "anatomy", "pruners", "data", "evaluate", "bench", "report", "dualspeed"},
+    "integrations": FLOOR | {"ops", "anatomy", "pruners", "data", "evaluate", "dualspeed", "run"},
     "cli": FLOOR
     | {"cards", "ops", "anatomy", "pruners", "data", "evaluate", "bench", "report", "dualspeed", "methods"}
     | {"run", "quickstart", "__init__"},

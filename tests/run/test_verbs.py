@@ -1,4 +1,4 @@
-"""`check`, `evaluate` and `bench`: what their records say."""
+"""`evaluate` and `bench`: what their records say."""
 
 from __future__ import annotations
 
@@ -6,80 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
-from tests.run.small_run import TOKENS, settings, write_rows
+from tests.run.small_run import TOKENS, settings
 
-from trimtab.anatomy import SupportReport
-from trimtab.errors import DataError, SettingError
+from trimtab.errors import SettingError
 from trimtab.records import check_record, read_record
 from trimtab.report import render_report
 from trimtab.run.bench import Bench, bench
-from trimtab.run.check import check
 from trimtab.run.config import RunConfig, build_config
 from trimtab.run.evaluate import evaluate
 
 Make = Callable[..., RunConfig]
-
-
-def test_check_counts_tokens_and_predicts(make_config: Make) -> None:
-    seen: list[tuple[int, int]] = []
-    record = check_record(check(make_config(), limit=5, progress=lambda done, total: seen.append((done, total))))
-    results = record["results"]
-    assert results["supported"] is True
-    assert results["problems"] == []
-    assert results["summary"]["model"] == "LlavaForConditionalGeneration"
-    assert results["summary"]["rows looked at"] == 5
-    assert results["summary"]["visual tokens per row"] == TOKENS
-    assert seen[-1] == (5, 5)
-    assert results["prediction"]["speedup"] > 1
-    assert results["prediction"]["fast_over_full"] < 1 < results["prediction"]["slow_over_full"]
-
-
-def test_keeping_more_predicts_less_gain(make_config: Make) -> None:
-    gains = [
-        check(make_config(dualspeed={"keep_ratio": ratio, "slow_ratio": 0}))["results"]["prediction"]["speedup"]
-        for ratio in (0.1, 0.5)
-    ]
-    assert gains[0] > gains[1] > 1
-
-
-def test_a_frozen_tower_predicts_more_gain(make_config: Make) -> None:
-    gains = [check(make_config(freeze=part))["results"]["prediction"]["tower_share"] for part in (["vision_tower"], [])]
-    assert gains[0] < gains[1]
-
-
-def test_check_writes_nothing(make_config: Make, tmp_path: Path) -> None:
-    check(make_config())
-    assert not (tmp_path / "out").exists()
-
-
-def test_check_lists_bad_rows(make_config: Make, tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "rows.jsonl", count=3)
-    (tmp_path / "rows-2.png").unlink()
-    results = check(make_config(data_files=[str(path)]))["results"]
-    assert [problem["row"] for problem in results["problems"]] == [3]
-    assert "rows-2.png" in results["problems"][0]["message"]
-    assert results["prediction"] is None
-
-
-def test_check_of_a_model_that_is_not_supported_predicts_nothing(
-    make_config: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(model: object) -> SupportReport:
-        return SupportReport(False, False, "Made", "Made lacks get_image_features.")
-
-    monkeypatch.setattr("trimtab.run.check.check_model", refuse)
-    results = check(make_config())["results"]
-    assert (results["supported"], results["prediction"]) == (False, None)
-    assert results["summary"]["why"] == "Made lacks get_image_features."
-    assert "predicted gain" not in results["summary"]
-
-
-def test_check_of_data_without_images_says_so(make_config: Make, tmp_path: Path) -> None:
-    path = tmp_path / "text.jsonl"
-    path.write_text('{"messages": [{"role": "user", "content": "which"}, {"role": "assistant", "content": "red"}]}\n')
-    with pytest.raises(DataError, match="no visual token"):
-        check(make_config(data_files=[str(path)]))
 
 
 def test_evaluation_on_full_and_pruned_tokens(trained_copy: Path, small_run: Path) -> None:
@@ -151,10 +87,3 @@ def test_an_annealed_schedule_needs_no_length_where_nothing_is_scheduled(
 def test_bench_without_the_block_measures_the_defaults(make_config: Make) -> None:
     record = bench(make_config(dualspeed=False), steps=1)
     assert record["settings"]["dualspeed"]["keep_ratio"] == 0.1
-
-
-def test_settings_of_the_record_make_a_run_file(make_config: Make, tmp_path: Path) -> None:
-    record = check(make_config(), limit=1)
-    chosen = {name: value for name, value in record["settings"].items() if name != "limit"}
-    (tmp_path / "again.yaml").write_text(yaml.safe_dump(chosen), encoding="utf-8")
-    assert build_config(chosen).dualspeed == make_config().dualspeed

@@ -1,7 +1,18 @@
 """A callable in; time, memory and FLOPs in a record out. And the limit that arithmetic sets to the gain."""
 
+from trimtab.bench.amdahl import Gain, StepParts, advice, expected_gain
 from trimtab.bench.bound import SpeedModel, SpeedPrediction
 from trimtab.bench.measure import count_flops, peak_memory
 from trimtab.bench.timing import time_steps
 
-__all__ = ["SpeedModel", "SpeedPrediction", "count_flops", "peak_memory", "time_steps"]
+__all__ = [
+    "Gain",
+    "SpeedModel",
+    "SpeedPrediction",
+    "StepParts",
+    "advice",
+    "count_flops",
+    "expected_gain",
+    "peak_memory",
+    "time_steps",
+]

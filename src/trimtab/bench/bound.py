@@ -115,6 +115,12 @@ class SpeedModel:
             tower_share=vision / fast,
         )
 
+    def full_parts(self) -> dict[str, float]:
+        """Return the operations of one sample of ordinary training by part: tower, decoder (its blocks) and head."""
+        places = self.visual_tokens + self.text_tokens
+        head = 3 * self._head(places)
+        return {"tower": self._vision(), "decoder": self._training(places) - head, "head": head}
+
     def _blocks(self, places: float) -> float:
         return 2 * self.block_parameters * places + 2 * self.width * self.layers * places**2
 

@@ -92,20 +92,23 @@ def check(
     context: typer.Context,
     config: Path = CONFIG,
     limit: int = typer.Option(200, min=1, help="Rows to look at."),
+    seconds: float = typer.Option(40, min=0, help="Time for timing rows and steps; 0 times no step."),
     as_json: bool = JSON,
 ) -> None:
     """Say in under a minute whether the model works, the data is sound, and how much there is to gain."""
     from trimtab.run.check import check as run
 
     settings = _load(context, config)
-    with show.only_json(as_json), show.progress_bar("rows") as progress:
-        record = run(settings, limit=limit, progress=progress)
+    with show.only_json(as_json), show.progress_bar("rows, then steps") as progress:
+        record = run(settings, limit=limit, progress=progress, seconds=seconds)
     if as_json:
         show.print_json(record)
     else:
         show.print_settings("Check", record["results"]["summary"])
         for problem in record["results"]["problems"]:
             print(f"row {problem['row']}: {problem['message']}")
+        for sentence in record["results"]["advice"]:
+            print(f"- {sentence}")
     if record["results"]["problems"] or not record["results"]["supported"]:
         raise typer.Exit(2)
 

@@ -40,10 +40,10 @@ def exact_match(
 ) -> dict[str, Any]:
     """Ask every question as a prompt of its own and compare the generated answer with the true one.
 
-    Greedy, without beams; prompts are batched with padding on the left, by number of images and similar length. An
-    image that several questions of a batch share passes through the vision tower once where the model's inputs
-    allow it (one row of pixels per image, features of equal form); the answers are the same either way. Rows are read
-    as they are asked about and their images let go again, so that a large set needs no more memory than a small one.
+    Greedy, without beams; prompts are batched in their order, by number of images, with padding on the left. An image
+    that several questions of a batch share passes through the vision tower once where the model's inputs allow it (one
+    row of pixels per image, features of equal form); the answers are the same either way. Rows are read as they are
+    asked about and their images let go again, so that a large set needs no more memory than a small one.
 
     Args:
         model: A transformers model with `generate`; its mode and generation settings are restored at the end, also
@@ -177,10 +177,12 @@ def _greedy(model: Any, processor: Any, max_new_tokens: int) -> Any:
 
 def _share_images(model: Any, inputs: Batch, batch: Sequence[Prompt]) -> Batch:
     """Encode each distinct image once if inputs and features stand one per image; else return the inputs."""
+    if "generate" in vars(model):  # someone put an own one on this model, which prunes images and must see them
+        return inputs
     images = [image for prompt in batch for image in prompt.images]
     position = {key: number for number, key in enumerate(dict.fromkeys(map(id, images)))}
     visual = {name: inputs[name] for name in _visual_names(model) if name in inputs}
-    per_image = all(len(value) == len(images) for value in visual.values())
+    per_image = "pixel_values_local" not in visual and all(len(value) == len(images) for value in visual.values())
     if len(position) == len(images) or "pixel_values" not in visual or not per_image:
         return inputs
     features = _encode_once(model, visual, [position[id(image)] for image in images])
@@ -191,7 +193,8 @@ def _share_images(model: Any, inputs: Batch, batch: Sequence[Prompt]) -> Batch:
 
 def _visual_names(model: Any) -> list[str]:
     """Return the inputs of the model's encoder function, or none where its forward takes no ready features."""
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+    takes = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+    if not (takes and hasattr(model, "get_image_features")):  # Fuyu has it on its base model only
         return []
     return [name for name in inspect.signature(model.get_image_features).parameters if name != "kwargs"]
 

@@ -207,10 +207,17 @@ def training_hints(trainer: str) -> dict[str, Any]:
 
         arguments = require("trl", "trainer: sft").SFTConfig
     else:
+        arguments = _stock_arguments()
+    return {name: hint for name, hint in typing.get_type_hints(arguments).items() if name in _init_names(arguments)}
+
+
+def _stock_arguments() -> Any:
+    from trimtab.anatomy.host_library import explain_import_errors
+
+    with explain_import_errors("TrainingArguments of transformers"):
         from transformers import TrainingArguments
 
-        arguments = TrainingArguments
-    return {name: hint for name, hint in typing.get_type_hints(arguments).items() if name in _init_names(arguments)}
+    return TrainingArguments
 
 
 def _init_names(arguments: Any) -> set[str]:
@@ -287,9 +294,7 @@ def training_arguments(config: RunConfig) -> Any:
         settings["dataset_kwargs"] = {**(settings.get("dataset_kwargs") or {}), "skip_prepare_dataset": True}
         settings["max_length"] = config.max_length
     else:
-        from transformers import TrainingArguments
-
-        arguments = TrainingArguments
+        arguments = _stock_arguments()
     try:
         return arguments(**settings)
     except (ValueError, TypeError, ImportError) as error:

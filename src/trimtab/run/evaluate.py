@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trimtab.dualspeed.config import DualSpeedConfig
 from trimtab.errors import SettingError
@@ -16,6 +15,9 @@ from trimtab.records import make_record, read_record, write_record
 from trimtab.run.config import RunConfig
 from trimtab.run.load import load_rows_of, load_trained
 from trimtab.run.train import RECORD_FILE as TRAIN_RECORD
+
+if TYPE_CHECKING:
+    from trimtab.dualspeed import PrunedInference
 
 RECORD_FILE = "records/eval.json"
 ARM_FILE = "records/arm.json"
@@ -40,7 +42,8 @@ def evaluate(
     Args:
         config: The settings; `eval_files` must be there.
         checkpoint: Directory of the model; `output_dir` by default.
-        pruned: Ask a second time on the tokens that the fast mode sees.
+        pruned: Ask a second time on the tokens that the fast mode sees, behind the isolator in the directory; without
+            one where none was trained.
         limit: Ask the questions of the first rows only.
         batch_size: Questions per batch.
         max_new_tokens: Tokens per answer at most.
@@ -64,7 +67,7 @@ def evaluate(
     ask: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "progress": progress}
     results = {"full": exact_match(model, processor, rows, **ask)}
     if pruned:
-        with _attached(model, config, directory) as handle:
+        with _pruned(model, config, directory) as handle:
             results["pruned"] = exact_match(model, processor, rows, prepare=handle.prune_inputs, **ask)
     settings = {**config.identity(), "checkpoint": directory, "limit": limit, "max_new_tokens": max_new_tokens}
     seconds = sum(result["seconds"] for result in results.values())
@@ -81,19 +84,15 @@ def _first(rows: Any, limit: int | None) -> Any:
     return rows if limit is None else Subset(rows, range(min(limit, len(rows))))
 
 
-@contextmanager
-def _attached(model: Any, config: RunConfig, directory: Path) -> Iterator[Any]:
-    """Attach DualSpeed with the isolator that was trained with the model, where there is one."""
-    from trimtab.dualspeed import attach
+def _pruned(model: Any, config: RunConfig, directory: Path) -> PrunedInference:
+    """Prune as the run's settings say, behind the isolator that was trained with the model, where there is one."""
+    from trimtab.dualspeed import prune_for_inference
 
-    # Nothing is scheduled here, and an annealed schedule would ask for the length of the run.
-    settings = replace(config.dualspeed or DualSpeedConfig(isolator_tokens=0), schedule="stratified")
+    settings = config.dualspeed or DualSpeedConfig(isolator_tokens=0)
     side = directory / SIDE_FILES
-    handle = attach(model, replace(settings, isolator_from=str(side)) if side.is_dir() else settings)
-    try:
-        yield handle
-    finally:
-        handle.detach()
+    if settings.isolator_tokens and side.is_dir():
+        return prune_for_inference(model, settings, side)
+    return prune_for_inference(model, replace(settings, isolator_tokens=0, isolator_from=None))
 
 
 def _write_arm(directory: Path, config: RunConfig, results: dict[str, Any]) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
+from trimtab.anatomy.host_library import torchvision_trouble
 from trimtab.errors import HostLibraryError, SettingError, UnsupportedModelError, near_miss
 from trimtab.run.config import RunConfig
 from trimtab.run.extras import require
@@ -30,9 +30,9 @@ def load_processor(name: str | Path) -> Any:
         SettingError: There is no such model here or, offline, in the cache.
         HostLibraryError: The processor needs torchvision, which is missing or built for another torch.
     """
-    from transformers import AutoProcessor
-
     with _explained(str(name)):
+        from transformers import AutoProcessor
+
         return AutoProcessor.from_pretrained(str(name))
 
 
@@ -51,10 +51,10 @@ def load_model(config: RunConfig, name: str | Path | None = None) -> Any:
         UnsupportedModelError: It is no vision-language model of transformers.
         MissingExtraError: `lora` is set and peft is not installed.
     """
-    from transformers import AutoModelForImageTextToText
-
     source = str(name or config.model_name_or_path)
     with _explained(source):
+        from transformers import AutoModelForImageTextToText
+
         model = AutoModelForImageTextToText.from_pretrained(
             source, dtype=config.dtype, attn_implementation=config.attn_implementation
         )
@@ -76,11 +76,15 @@ def outline_model(config: RunConfig) -> Any:
         UnsupportedModelError: It is no vision-language model of transformers.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
 
     with _explained(config.model_name_or_path), torch.device("meta"):
+        from transformers import AutoConfig, AutoModelForImageTextToText
+
         settings = AutoConfig.from_pretrained(config.model_name_or_path)
-        return AutoModelForImageTextToText.from_config(settings)
+        chosen: dict[str, Any] = {} if config.dtype == "auto" else {"dtype": config.dtype}
+        return AutoModelForImageTextToText.from_config(
+            settings, attn_implementation=config.attn_implementation, **chosen
+        )
 
 
 def freeze(model: Any, names: Sequence[str]) -> int:
@@ -214,14 +218,8 @@ def _not_found(source: str, error: OSError) -> str:
 
 def _host_trouble(source: str, error: Exception) -> str:
     text = f"{type(error).__name__}: {_first_line(error)}"
-    if "torchvision" in str(error) or "VIDEO_PROCESSOR" in str(error):
-        state = (
-            "The torchvision that is installed was built for another torch: install the build that belongs to your "
-            "torch, or uninstall torchvision"
-            if find_spec("torchvision")
-            else "Its processor needs torchvision, which is not installed: install the build that belongs to your torch"
-        )
-        return f"{source!r} cannot be loaded ({text}). {state}."
+    if trouble := torchvision_trouble(error):
+        return f"{source!r} cannot be loaded ({text}). {trouble}"
     return f"{source!r} cannot be loaded with the transformers that is installed ({text}). Try a newer transformers."
 
 
