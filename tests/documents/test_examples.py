@@ -28,7 +28,7 @@ def test_examples_are_short(path: Path) -> None:
 
 
 def test_these_are_the_examples() -> None:
-    names = ["own_pruner", "plain_loop", "trainer_two_lines", "trl_plain", "trl_two_lines", "two_gpus"]
+    names = ["lora", "own_pruner", "plain_loop", "trainer_two_lines", "trl_plain", "trl_two_lines", "two_gpus"]
     assert [path.stem for path in EXAMPLES] == names
 
 
@@ -38,6 +38,19 @@ def test_training_examples_leave_an_ordinary_checkpoint(name: str, tmp_path: Pat
     _, info = LlavaForConditionalGeneration.from_pretrained(str(tmp_path / "out"), output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert (tmp_path / "out" / "dualspeed").is_dir()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # a name that peft 0.21 asks for
+def test_the_lora_example_leaves_an_adapter_and_an_ordinary_model(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    pytest.importorskip("peft")
+    load(ROOT / "examples" / "lora.py").main(str(tmp_path), steps=3)
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert adapter
+    assert all("lora" in key and "language_model" in key for key in adapter)
+    _, info = LlavaForConditionalGeneration.from_pretrained(str(tmp_path / "merged"), output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
 def test_the_own_pruner_keeps_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 import trimtab
 from trimtab import DualSpeedConfig
@@ -68,3 +68,18 @@ def training_arguments(out: Path, **changes: Any) -> TrainingArguments:
         "remove_unused_columns": False, "seed": 3, **changes,
     }  # fmt: skip
     return TrainingArguments(**settings)
+
+
+class KilledError(RuntimeError):
+    """Stands for whatever ends a run."""
+
+
+class KillAt(TrainerCallback):
+    """Ends the run inside a step, after some of its micro-batches."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KilledError

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.dualspeed.common import training_arguments
+from tests.dualspeed.common import KillAt, KilledError, training_arguments
 from tests.tiny import IMAGE, TinyRows, collate, tiny_llava, weights
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback
@@ -22,21 +22,6 @@ from trimtab.errors import DataError, OutputError, SettingError, TrimtabWarning,
 
 STEPS = 6
 SETTINGS: dict[str, Any] = {"keep_ratio": 0.2, "slow_ratio": 0.4, "seed": 11, "schedule": "bernoulli"}
-
-
-class KilledError(RuntimeError):
-    """Stands for whatever ends a run."""
-
-
-class KillAt(TrainerCallback):
-    """Ends the run inside a step, after some of its micro-batches."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KilledError
 
 
 def placeholders_supervised(items: Any) -> Any:

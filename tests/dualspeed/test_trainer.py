@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.dualspeed.common import training_arguments
+from tests.dualspeed.common import KillAt, KilledError, training_arguments
 from tests.tiny import FAMILIES, WIDTH, TinyRows, collate, tiny_llava, weights
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback
@@ -35,21 +35,6 @@ class Recorder(Trainer):
         loss = super().training_step(*args, **kwargs)
         self.modes.append((self.state.global_step, self.dualspeed.metrics()["mode"]))
         return loss
-
-
-class KilledError(RuntimeError):
-    """Stands for whatever ends a run."""
-
-
-class KillAt(TrainerCallback):
-    """Ends the run inside a step, after some of its micro-batches."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KilledError
 
 
 def make_trainer(out: Path, callbacks: list[TrainerCallback] | None = None, **changes: Any) -> Any:
