@@ -118,7 +118,8 @@ class Host:
         """Width of the visual features that are handed over; most often that of the language model."""
         if self.family.width:
             return int(getattr(self.model.config.vision_config, self.family.width))
-        return int(self.model.get_input_embeddings().weight.shape[1])
+        weight = self.model.get_input_embeddings().weight
+        return int(getattr(weight, "ds_shape", weight.shape)[1])  # in the hands of ZeRO-3 it is empty
 
     def features(self, output: Any) -> Any:
         """What of an encoder's output the language model takes for visual tokens, in the encoder's own container.

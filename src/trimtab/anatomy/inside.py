@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+from torch.utils import _pytree
 
-Result = TypeVar("Result")
+from trimtab.shapes import Tensor
 
 
-def call_inside(module: torch.nn.Module, call: Callable[[], Result]) -> Result:
+def call_inside(module: torch.nn.Module, call: Callable[[], Any]) -> Any:
     """Return what a call returns, made as if it were the forward of a module.
 
     ZeRO-3 gathers the parameters that a module holds itself (the newline row of LLaVA-NeXT) with hooks around its
@@ -23,14 +24,32 @@ def call_inside(module: torch.nn.Module, call: Callable[[], Result]) -> Result:
     """
     if not any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False)):
         return call()
+    kept: list[Any] = []
+
+    def forward() -> Tensor:
+        # ZeRO-3 gathers once for every tensor that comes out, and processes with different numbers of images would
+        # gather differently often. So one tensor comes out.
+        leaves, form = _pytree.tree_flatten(call())
+        trained = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        kept.extend((leaves, form, trained))
+        return torch.cat([leaves[place].flatten() for place in trained]) if trained else torch.zeros(())
+
+    flat = _with_forward(module, forward)
+    leaves, form, trained = kept
+    pieces = flat.split([leaves[place].numel() for place in trained]) if trained else ()
+    for place, piece in zip(trained, pieces, strict=True):
+        leaves[place] = piece.view(leaves[place].shape).to(leaves[place].dtype)
+    return _pytree.tree_unflatten(leaves, form)
+
+
+def _with_forward(module: torch.nn.Module, forward: Callable[[], Tensor]) -> Tensor:
+    """Call a module, hooks included, with another forward."""
     attributes: dict[str, Any] = vars(module)
-    had, before = "forward" in attributes, attributes.get("forward")
-    attributes["forward"] = call
+    before = {"forward": attributes["forward"]} if "forward" in attributes else {}
+    attributes["forward"] = forward
     try:
-        found: Result = module()
+        found: Tensor = module()
         return found
     finally:
-        if had:
-            attributes["forward"] = before
-        else:
-            del attributes["forward"]
+        del attributes["forward"]
+        attributes.update(before)

@@ -33,6 +33,7 @@ class ModeIsolator(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         uniform = torch.rand(tokens, width, generator=generator) * 2 - 1
+        self.shape = (tokens, width)  # ZeRO-3 leaves the rows themselves empty
         self.rows = nn.Parameter((uniform / width**0.5).to(device=device, dtype=dtype))
 
     def forward(self) -> Float[Tensor, "prefix width"]:
@@ -70,10 +71,10 @@ class ModeIsolator(nn.Module):
         if KEY not in tensors:
             raise SettingError(f"{path} holds {', '.join(sorted(tensors)) or 'nothing'}, but no isolator ({KEY!r}).")
         rows = tensors[KEY]
-        if rows.shape != self.rows.shape:
+        if rows.shape != self.shape:
             raise SettingError(
                 f"The isolator in {path} has the shape {tuple(rows.shape)}, but this run needs "
-                f"{tuple(self.rows.shape)} (isolator_tokens x width of the language model). Set "
+                f"{self.shape} (isolator_tokens x width of the language model). Set "
                 f"isolator_tokens={rows.shape[0]}, or start afresh with isolator_from=None."
             )
         fill(self.rows, rows)
