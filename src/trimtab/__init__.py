@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trimtab.dualspeed import DualSpeedHandle as DualSpeedHandle
     from trimtab.dualspeed import PrunedInference as PrunedInference
     from trimtab.dualspeed import attach as attach
+    from trimtab.dualspeed import detach as detach
     from trimtab.dualspeed import prune_for_inference as prune_for_inference
     from trimtab.dualspeed import with_dualspeed as with_dualspeed
     from trimtab.errors import DataError as DataError
@@ -66,6 +67,7 @@ _PUBLIC = {
     "attach": "trimtab.dualspeed",
     "build_pruner": "trimtab.pruners",
     "check_model": "trimtab.anatomy",
+    "detach": "trimtab.dualspeed",
     "exact_match": "trimtab.evaluate",
     "load_rows": "trimtab.data",
     "prune_for_inference": "trimtab.dualspeed",

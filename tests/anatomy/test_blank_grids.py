@@ -7,20 +7,18 @@ from typing import Any
 import pytest
 import torch
 from tests.conformance.families import SUITE
-from tests.conformance.family_checks import model_of
+from tests.conformance.family_tools import model_of
 
-from trimtab.anatomy import encode_images
+from trimtab.anatomy import FAMILIES, encode_images
 from trimtab.anatomy.blank import encode_blank
+from trimtab.anatomy.family_table import NO_BLANK
+from trimtab.errors import UnsupportedModelError
 
-KNOWN = (
-    "chameleon", "cohere_compass", "cosmos3_edge", "cosmos3_omni", "deepseek_ocr2", "dots3_note", "emu3",
-    "ernie4_5_vl_moe", "exaone4_5", "fuyu", "gemma3", "gemma4", "gemma4_unified", "glm46v", "glm4v", "glm4v_moe",
-    "glm5_next", "glm_ocr", "glmga", "granite_docling", "hunyuan_vl", "hyperclovax_vision_v2", "idefics2", "inkling2",
-    "inkling_mm_model", "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7",
-    "minimax_m3_vl", "mistral3", "mistral_large4", "muse_glimmer", "muse_spark", "nemotron_h_omni", "paddleocr_vl",
-    "paligemma", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe_thinker",
-    "qwen3_vl", "qwen3_vl_moe", "qwen4_exp", "step3p7", "unlimited_ocr", "video_llama_3",
-)  # fmt: skip
+UNKNOWN = {
+    "gemma3n": "its vision tower is one of timm, whose configuration does not tell the size of its images",
+    "molmo2": "it takes images with tables of patches to pool, which only its processor makes",
+}
+"""Families without a blank image, and why."""
 
 
 def reached(model: Any) -> set[str]:
@@ -28,7 +26,7 @@ def reached(model: Any) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", sorted(SUITE.keys() - UNKNOWN.keys()))
 def test_a_blank_image_reaches_the_parameters_that_an_image_reaches(name: str) -> None:
     family = SUITE[name]
     model = model_of(family, fresh=True)
@@ -38,3 +36,15 @@ def test_a_blank_image_reaches_the_parameters_that_an_image_reaches(name: str) -
     encode_blank(model, torch.device("cpu")).backward()
     assert expected
     assert reached(model) >= expected
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_family_without_a_blank_image_says_so_and_its_notes_too(name: str) -> None:
+    model = model_of(SUITE[name])
+    with pytest.raises(UnsupportedModelError, match=r"no blank image of .* is known.*Give every batch an image"):
+        encode_blank(model, torch.device("cpu"))
+    assert NO_BLANK in FAMILIES[name].notes
+
+
+def test_no_other_family_is_noted_to_lack_one() -> None:
+    assert {name for name, family in FAMILIES.items() if NO_BLANK in family.notes} == set(UNKNOWN)

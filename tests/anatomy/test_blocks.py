@@ -75,3 +75,18 @@ def test_fine_tiles_of_granite_docling_have_four_times_as_many_tokens() -> None:
         expected = model(**fine).logits
         assert torch.equal(model(**full_inputs(model, fine, encoded)).logits, expected)
         assert torch.equal(model(**assemble(model, fine, encoded, every)).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "any_size"),
+    [
+        ("qwen2_vl", True), ("gemma4", True), ("lfm2_vl", True), ("minicpmv4_6", True),  # their shapes come with them
+        ("fuyu", True), ("inkling_mm_model", True),  # patches in a line
+        ("llava", False), ("llava_next", False), ("idefics3", False), ("gemma3", False), ("llama4", False),
+    ],
+)  # fmt: skip
+def test_images_have_the_size_of_their_pictures_or_all_one(name: str, any_size: bool) -> None:
+    family = SUITE[name]
+    model = family.build_model()
+    with torch.no_grad():
+        assert encode_images(model, family.make_batch(model, [1])).any_size == any_size

@@ -1,19 +1,17 @@
-"""What holds for every model family: keeping all is the normal forward, dropping is masking.
+"""How `assemble` shortens a batch, for the families that differ most; the conformance suite holds what all share.
 
-Reference in each test: the stock model on the full sequence. Logits here are of order one to four, so two orders of
-summation of the same float32 numbers differ by about 3e-6 (measured between a padded and an unpadded row of the
-stock models); 2e-5 leaves a margin, and dropping other tokens moves logits by more than 1e-2, which
-`test_the_references_can_tell_tokens_apart` holds down.
+Logits here are of order one to four, so two orders of summation of the same float32 numbers differ by about 3e-6; 2e-5
+leaves a margin.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import pytest
 import torch
-from tests.tiny import FAMILIES, IMAGE, WIDTH, Batch, TinyFamily, llama_settings
+from tests.conformance.family_tools import full_positions, keep_some, logits_of, masked_logits, survivors
+from tests.tiny import FAMILIES, IMAGE, WIDTH, TinyFamily, llama_settings
 from torch import Tensor, nn
 
 from trimtab.anatomy import assemble, check_model, encode_images, open_host
@@ -29,96 +27,8 @@ def family(request: pytest.FixtureRequest) -> TinyFamily:
     return FAMILIES[request.param]
 
 
-def keep_some(blocks: list[Tensor], share: float = 0.3, seed: int = 0) -> list[Tensor]:
-    """Choose ascending rows of every block at random; blocks without rows keep none."""
-    generator = torch.Generator().manual_seed(seed)
-    kept = []
-    for block in blocks:
-        count = max(1, int(share * len(block))) if len(block) else 0
-        kept.append(torch.randperm(len(block), generator=generator)[:count].sort().values)
-    return kept
-
-
 def keep_every(blocks: list[Tensor]) -> list[Tensor]:
     return [torch.arange(len(block)) for block in blocks]
-
-
-def survivors(batch: Batch, blocks: list[Tensor], kept: list[Tensor]) -> Tensor:
-    """Return the mask of the places of the full batch that stay: placeholders in reading order follow the blocks."""
-    stays = [torch.zeros(len(block), dtype=torch.bool).index_fill(0, k, True) for block, k in zip(blocks, kept)]  # noqa: B905
-    mask = batch["attention_mask"].bool().clone()
-    mask[batch["input_ids"] == IMAGE] = torch.cat(stays)
-    return mask
-
-
-def full_positions(family: TinyFamily, model: Any, batch: Batch) -> Tensor:
-    """Return the positions that the stock model gives the full sequence."""
-    if family.mrope:
-        positions, _ = model.model.get_rope_index(
-            batch["input_ids"], mm_token_type_ids=batch["mm_token_type_ids"],
-            image_grid_thw=batch["image_grid_thw"], attention_mask=batch["attention_mask"],
-        )  # fmt: skip
-        return positions
-    rows, places = batch["input_ids"].shape
-    return torch.arange(places).expand(rows, -1)
-
-
-def masked_logits(family: TinyFamily, model: Any, batch: Batch, mask: Tensor) -> Tensor:
-    """Run the stock model on the full sequence with the dropped tokens masked from attention."""
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "mm_token_type_ids")}
-    inputs.update(attention_mask=mask.long(), position_ids=full_positions(family, model, batch))
-    with torch.no_grad():
-        return model(**inputs).logits
-
-
-def run(model: Any, inputs: Batch) -> Tensor:
-    with torch.no_grad():
-        return model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
-
-
-@SIDES
-def test_keeping_all_is_the_normal_forward(family: TinyFamily, side: str) -> None:
-    model = family.build_model()
-    batch = family.make_batch(model, ROWS, padding_side=side)
-    encoded = encode_images(open_host(model), batch)
-    inputs = assemble(open_host(model), batch, encoded, keep_every(encoded.blocks), prefix=None, positions="original")
-    expected = run(model, batch)
-    real = batch["attention_mask"].bool()
-    # Same tokens, features and positions in the same rectangle: only the bookkeeping differs, so nothing moves. With
-    # left padding transformers counts positions from the padding on where none are given; rotary positions are
-    # relative, and counting from the first token instead moves logits of order four by their last bits.
-    drift = 0 if side == "right" else 5e-6
-    torch.testing.assert_close(run(model, inputs)[inputs["attention_mask"].bool()], expected[real], atol=drift, rtol=0)
-    assert torch.equal(inputs["labels"][inputs["attention_mask"].bool()], batch["labels"][real])
-
-
-@SIDES
-@pytest.mark.parametrize("share", [0.3, 0.05])
-def test_dropping_is_masking(family: TinyFamily, side: str, share: float) -> None:
-    model = family.build_model()
-    batch = family.make_batch(model, ROWS, padding_side=side)
-    encoded = encode_images(open_host(model), batch)
-    kept = keep_some(encoded.blocks, share)
-    mask = survivors(batch, encoded.blocks, kept)
-    inputs = assemble(open_host(model), batch, encoded, kept, prefix=None, positions="original")
-
-    real = inputs["attention_mask"].bool()
-    assert torch.equal(real.sum(1), mask.sum(1)), "each row loses exactly its dropped tokens"
-    assert inputs["input_ids"].shape[1] == int(mask.sum(1).max()), "no column is padding in every row"
-    assert torch.equal(inputs["input_ids"][real], batch["input_ids"][mask])
-    assert torch.equal(inputs["labels"][real], batch["labels"][mask])
-    expected = masked_logits(family, model, batch, mask)
-    torch.testing.assert_close(run(model, inputs)[real], expected[mask], atol=TIGHT, rtol=0)
-
-
-def test_the_references_can_tell_tokens_apart(family: TinyFamily) -> None:
-    model = family.build_model()
-    batch = family.make_batch(model, ROWS)
-    encoded = encode_images(open_host(model), batch)
-    masks = [survivors(batch, encoded.blocks, keep_some(encoded.blocks, seed=seed)) for seed in (0, 1)]
-    text = batch["labels"] != -100
-    first, second = (masked_logits(family, model, batch, mask)[text] for mask in masks)
-    assert (first - second).abs().max() > 1e-2
 
 
 @SIDES
@@ -151,22 +61,8 @@ def test_renumbered_positions_run_from_zero_without_gaps(family: TinyFamily, sid
         for row in range(len(ROWS)):
             assert torch.equal(given[row, real[row]], torch.arange(int(real[row].sum())))
     fresh = torch.cumsum(real.long(), 1).sub(1).clamp_min(0)
-    expected = run(model, {**inputs, "position_ids": fresh})
-    torch.testing.assert_close(run(model, inputs)[real], expected[real], atol=TIGHT, rtol=0)
-
-
-def test_original_positions_are_those_of_the_full_sequence(family: TinyFamily) -> None:
-    if not family.mrope:
-        pytest.skip("one coordinate: rotary positions count from anywhere, test_dropping_is_masking decides")
-    model = family.build_model()
-    batch = family.make_batch(model, ROWS)
-    encoded = encode_images(open_host(model), batch)
-    kept = keep_some(encoded.blocks)
-    mask = survivors(batch, encoded.blocks, kept)
-    inputs = assemble(open_host(model), batch, encoded, kept, prefix=None, positions="original")
-    real = inputs["attention_mask"].bool()
-    expected = full_positions(family, model, batch)
-    assert torch.equal(inputs["position_ids"][-3:, real], expected[:, mask])
+    expected = logits_of(model, {**inputs, "position_ids": fresh})
+    torch.testing.assert_close(logits_of(model, inputs)[real], expected[real], atol=TIGHT, rtol=0)
 
 
 @pytest.mark.parametrize("positions", ["renumber", "original"])
@@ -186,59 +82,11 @@ def test_a_prefix_stands_in_front_of_every_image_and_learns(family: TinyFamily, 
     model(**inputs).loss.backward()
     assert prefix.grad is not None
     assert (prefix.grad.abs().sum(1) > 0).all()
-    before, after = run(model, plain), run(model, inputs)
+    before, after = logits_of(model, plain), logits_of(model, inputs)
     text_row = inputs["attention_mask"][1].bool(), plain["attention_mask"][1].bool()
     torch.testing.assert_close(after[1, text_row[0]], before[1, text_row[1]], atol=TIGHT, rtol=0)
     last = [int(i["attention_mask"][0].sum()) - 1 for i in (plain, inputs)]
     assert (before[0, last[0]] - after[0, last[1]]).abs().max() > 1e-3, "the rest of the row sees the prefix"
-
-
-def test_prefix_takes_the_first_visual_position(family: TinyFamily) -> None:
-    if not family.mrope:
-        pytest.skip("only multimodal rotary positions place the prefix by coordinates")
-    model = family.build_model()
-    batch = family.make_batch(model, (1,))
-    encoded = encode_images(open_host(model), batch)
-    prefix = torch.zeros(4, WIDTH)
-    inputs = assemble(open_host(model), batch, encoded, keep_some(encoded.blocks), prefix=prefix, positions="original")
-    places = (inputs["input_ids"][0] == IMAGE).nonzero().squeeze(1)[:4]
-    first = (batch["input_ids"][0] == IMAGE).nonzero()[0, 0]
-    expected = full_positions(family, model, batch)[:, 0, first]
-    assert torch.equal(inputs["position_ids"][-3:, 0, places], expected[:, None].expand(-1, 4))
-
-
-def test_dropped_rows_get_no_gradient_and_kept_rows_do(family: TinyFamily) -> None:
-    model = family.build_model()
-    batch = family.make_batch(model, ROWS)
-    encoded = encode_images(open_host(model), batch)
-    for block in encoded.blocks:
-        block.retain_grad()
-    kept = keep_some(encoded.blocks)
-    model(**assemble(open_host(model), batch, encoded, kept, prefix=None, positions="original")).loss.backward()
-    for block, index in zip(encoded.blocks, kept, strict=True):
-        if not len(block):
-            continue
-        assert block.grad is not None
-        reached = block.grad.abs().sum(1)
-        dropped = torch.ones(len(block), dtype=torch.bool).index_fill(0, index, False)
-        assert torch.equal(reached[dropped], torch.zeros(int(dropped.sum())))
-        assert (reached[index] > 0).all()
-
-
-@SIDES
-def test_a_row_alone_equals_the_row_in_a_batch(family: TinyFamily, side: str) -> None:
-    model = family.build_model()
-    batch = family.make_batch(model, ROWS, padding_side=side)
-    encoded = encode_images(open_host(model), batch)
-    together = assemble(open_host(model), batch, encoded, keep_every(encoded.blocks), prefix=None, positions="renumber")
-    logits = run(model, together)
-    for row in range(len(ROWS)):
-        alone = family.take_row(batch, ROWS, row)
-        if ROWS[row]:
-            own = encode_images(open_host(model), alone)
-            alone = assemble(open_host(model), alone, own, keep_every(own.blocks), prefix=None, positions="renumber")
-        real = together["attention_mask"][row].bool()
-        torch.testing.assert_close(run(model, alone)[0], logits[row, real], atol=TIGHT, rtol=0)
 
 
 def test_the_batch_is_left_as_it_came(family: TinyFamily) -> None:
@@ -262,11 +110,6 @@ def test_the_blocks_are_the_features_of_the_stock_model(family: TinyFamily) -> N
         features = model.get_image_features(**visual, return_dict=True).pooler_output
     blocks = encode_images(open_host(model), batch).blocks
     assert torch.equal(torch.cat(list(blocks)), torch.cat(list(features)))
-
-
-def test_supported_families_are_reported(family: TinyFamily) -> None:
-    report = check_model(family.build_model())
-    assert report.supported, report.reason
 
 
 def test_a_text_only_model_is_refused_by_name() -> None:
@@ -310,11 +153,11 @@ def test_rows_without_image_may_stand_anywhere(family: TinyFamily, rows: tuple[i
     batch = family.make_batch(model, rows)
     encoded = encode_images(open_host(model), batch)
     kept = keep_some(encoded.blocks)
-    mask = survivors(batch, encoded.blocks, kept)
+    mask = survivors(model, batch, kept, encoded.blocks)
     inputs = assemble(open_host(model), batch, encoded, kept, prefix=None, positions="original")
     real = inputs["attention_mask"].bool()
     expected = masked_logits(family, model, batch, mask)
-    torch.testing.assert_close(run(model, inputs)[real], expected[mask], atol=TIGHT, rtol=0)
+    torch.testing.assert_close(logits_of(model, inputs)[real], expected[mask], atol=TIGHT, rtol=0)
     prefixed = assemble(open_host(model), batch, encoded, kept, prefix=torch.ones(3, WIDTH), positions="original")
     more = (prefixed["input_ids"] == IMAGE).sum(1) - (inputs["input_ids"] == IMAGE).sum(1)
     assert [bool(count) for count in more] == [bool(images) for images in rows]
@@ -330,7 +173,7 @@ def test_positions_that_the_user_gives_are_those_that_count(family: TinyFamily, 
     with_them = assemble(open_host(model), given, encoded, kept, prefix=prefix, positions=positions)
     without = assemble(open_host(model), batch, encoded, kept, prefix=prefix, positions=positions)
     real = without["attention_mask"].bool()
-    torch.testing.assert_close(run(model, with_them)[real], run(model, without)[real], atol=TIGHT, rtol=0)
+    torch.testing.assert_close(logits_of(model, with_them)[real], logits_of(model, without)[real], atol=TIGHT, rtol=0)
 
 
 def test_a_batch_without_attention_mask_is_one_without_padding(family: TinyFamily) -> None:
@@ -339,8 +182,8 @@ def test_a_batch_without_attention_mask_is_one_without_padding(family: TinyFamil
     bare = {name: value for name, value in batch.items() if name != "attention_mask"}
     encoded = encode_images(open_host(model), batch)
     kept = keep_some(encoded.blocks)
-    expected = run(model, assemble(open_host(model), batch, encoded, kept, prefix=None, positions="original"))
-    found = run(model, assemble(open_host(model), bare, encoded, kept, prefix=None, positions="original"))
+    expected = logits_of(model, assemble(open_host(model), batch, encoded, kept, prefix=None, positions="original"))
+    found = logits_of(model, assemble(open_host(model), bare, encoded, kept, prefix=None, positions="original"))
     torch.testing.assert_close(found, expected, atol=TIGHT, rtol=0)
 
 

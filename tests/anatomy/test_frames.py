@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from tests.conformance.families import SUITE
-from tests.conformance.family_checks import NO_IMAGES, VIDEO_ROWS, model_of
-from tests.tiny import Batch
+from tests.conformance.family_tools import NO_IMAGES, VIDEO_ROWS, model_of
+from tests.tiny import Batch, qwen_videos
 from torch import Tensor
 
 from trimtab.anatomy import encode_images
@@ -46,6 +47,18 @@ def test_frames_that_the_encoder_merges_are_one_tile() -> None:
     assert encoded.tiles == [[rows * columns // 4] * (frames // 2) for frames, rows, columns in grids]
 
 
+@pytest.mark.parametrize("name", ["muse_glimmer", "muse_spark", "qwen2_vl"])
+def test_as_many_frames_as_patches_of_a_token_stay_apart(name: str) -> None:
+    """Four frames have as many tokens as one frame of unmerged patches; only Muse calls its merging merge_size."""
+    shapes = ((4, 4, 6), (8, 4, 4))
+    family = replace(SUITE[name], videos=lambda *given: qwen_videos(*given, shapes))
+    model = model_of(family)
+    batch = family.make_batch(model, NO_IMAGES, videos_per_row=VIDEO_ROWS)
+    with torch.no_grad():
+        encoded = encode_images(model, batch)
+    assert encoded.tiles == [[6] * 4, [4] * 8]
+
+
 def test_features_that_the_processor_drops_are_gone_before_pruning() -> None:
     model, batch, encoded = moving("video_llama_3")
     video = {name: value for name, value in batch.items() if name.startswith(("pixel_values_v", "video_g", "video_m"))}
@@ -62,6 +75,7 @@ def test_features_that_the_processor_drops_are_gone_before_pruning() -> None:
         ({"video_grid_thw": [[3, 4, 6]]}, (18, 5), [[6, 6, 6]]),
         ({"video_grid_thw": [[3, 4, 6]], "video_merge_sizes": [1]}, (72, 5), [[24, 24, 24]]),
         ({"video_grid_thw": [[2, 4, 6]]}, (13, 5), [[6, 6]]),  # a newline ends the video and belongs to no frame
+        ({"video_grid_thw": [[4, 4, 6]]}, (12, 5), [[6, 6]]),  # two frames make one
         ({"num_frames_per_video": [4]}, (12, 5), [[3, 3, 3, 3]]),
         ({"pixel_values_videos": [[[[[0.0]]], [[[0.0]]]]]}, (2, 7, 5), [[7, 7]]),
         ({"pixel_values_videos": [[0.0]]}, (9, 5), [[9]]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from tests.conformance.families import SUITE
-from tests.conformance.family_checks import logits_of
+from tests.conformance.family_tools import logits_of
 from tests.tiny import VOCAB
 
 from trimtab.anatomy import open_host

@@ -11,7 +11,7 @@ import torch
 from tests.conformance.families import SUITE
 from tests.conformance.families.llava import FRAMES
 from tests.conformance.families.molmo import llama4
-from tests.conformance.family_checks import TIGHT, keep_some, logits_of, masked_logits, survivors
+from tests.conformance.family_tools import TIGHT, keep_some, logits_of, masked_logits, survivors
 from torch import Tensor
 
 from trimtab import DualSpeedConfig, attach

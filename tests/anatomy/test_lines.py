@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from tests.conformance.families import SUITE
-from tests.conformance.family_checks import ROWS, model_of, settings
+from tests.conformance.family_tools import ROWS, model_of, settings
 
 import trimtab
 from trimtab.anatomy import encode_images

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trimtab.bench import StepParts, advice, expected_gain
+from trimtab.bench import StepParts, advice, advice_on_counts, expected_gain, times_faster
 from trimtab.errors import SettingError
 
 
@@ -75,7 +75,8 @@ def test_nothing_is_said_where_nothing_stands_in_the_way() -> None:
         ({"steps": steps(optimizer=3.0)}, "The optimizer takes 57% of a fast step"),
         ({"visual_share": 0.3}, "Text makes up 70% of the sequence"),
         ({"reduction": 0.75}, "A fast step keeps 75% of the visual tokens"),
-        ({"slow_ratio": 1.0}, "The gain to expect is below 1.2"),
+        ({"slow_ratio": 0.7}, "The gain to expect is below 1.2"),
+        ({"slow_ratio": 1.0}, "DualSpeed would be 1.20 times slower than plain training"),
     ],
 )
 def test_each_obstacle_has_its_sentence_and_no_other(changes: dict[str, Any], words: str) -> None:
@@ -83,6 +84,23 @@ def test_each_obstacle_has_its_sentence_and_no_other(changes: dict[str, Any], wo
     assert re.search(words, text)
     others = ("Data loading", "waits", "vision tower", "optimizer takes", "Text makes", "keeps")
     assert sum(word in text for word in others) == (0 if "slow_ratio" in changes else 1)
+
+
+def test_less_than_one_is_called_slower() -> None:
+    assert times_faster(2.428) == "2.43 times faster"
+    assert times_faster(0.76) == "1.32 times slower"
+    assert times_faster(0.996) == times_faster(1) == "1.00 times faster"
+
+
+def test_counts_alone_give_their_sentences() -> None:
+    assert advice_on_counts(2.0, visual_share=0.8, reduction=0.1) == []
+    text, kept, gain = advice_on_counts(1.1, visual_share=0.3, reduction=0.75)
+    assert "Text makes up 70%" in text
+    assert "keeps 75%" in kept
+    assert "below 1.2" in gain
+    assert advice_on_counts(0.5, visual_share=0.8, reduction=0.1) == [
+        "DualSpeed would be 2.00 times slower than plain training here: train plainly."
+    ]
 
 
 def test_data_that_workers_keep_up_with_is_no_obstacle() -> None:

@@ -110,7 +110,7 @@ def test_check_prints_every_bad_row(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "train-2.png").unlink()
     assert run("check", str(path)) == 2
     told = capsys.readouterr()
-    assert "row 3: " in told.out
+    assert "train.jsonl, line 3: " in told.out
     assert "train-2.png" in told.out
     assert "Traceback" not in told.err
 

@@ -7,73 +7,45 @@ four, so two orders of summation of the same float32 numbers differ by a few 1e-
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
-import inspect
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-from tests.conformance.families import SUITE
+from tests.conformance.family_tools import (
+    BESIDE_VIDEOS,
+    NO_IMAGES,
+    ROWS,
+    SIDES,
+    TIGHT,
+    VIDEO_ROWS,
+    batches,
+    block_sizes,
+    close,
+    embedded_row,
+    frames_of,
+    is_floating,
+    keep_some,
+    logits_of,
+    longer,
+    masked_logits,
+    membership,
+    model_of,
+    positions_of_row,
+    settings,
+    survivors,
+    watched_features,
+)
 from tests.dualspeed.common import training_arguments
-from tests.tiny import IMAGE, VIDEO, Batch, TinyFamily
+from tests.tiny import IMAGE, VIDEO, TinyFamily
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import trimtab
-from trimtab import DualSpeedConfig
 from trimtab.anatomy import assemble, check_model, encode_images, full_inputs, open_host, read_rows
 from trimtab.errors import SettingError
-
-ROWS = (1, 0, 2)
-VIDEO_ROWS = (0, 1, 1)
-NO_IMAGES, BESIDE_VIDEOS = (0, 0, 0), (1, 0, 1)
-TIGHT = 2e-5
-SIDES = ("right", "left")
-
-
-@functools.cache
-def _built(name: str) -> Any:
-    return SUITE[name].build_model()
-
-
-def model_of(family: TinyFamily, fresh: bool = False) -> Any:
-    """Return the family's model; a copy of its own where the caller will change it."""
-    return copy.deepcopy(_built(family.name)) if fresh else _built(family.name)
-
-
-def keep_some(blocks: Sequence[Tensor], share: float = 0.3, seed: int = 0) -> list[Tensor]:
-    """Choose ascending tokens of every block at random; blocks without tokens keep none."""
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randperm(len(block), generator=generator)[: max(1, int(share * len(block))) if len(block) else 0]
-        .sort()
-        .values
-        for block in blocks
-    ]
-
-
-def logits_of(model: Any, inputs: Batch) -> Tensor:
-    """Return the logits of a forward without labels."""
-    with torch.no_grad():
-        logits: Tensor = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
-    return logits
-
-
-def survivors(model: Any, batch: Batch, kept: Sequence[Tensor], blocks: Sequence[Tensor]) -> Tensor:
-    """Return the mask of the places of the full batch that stay."""
-    encoded = encode_images(model, batch)
-    layout = read_rows(model, batch, encoded)
-    stays = [
-        torch.zeros(len(block), dtype=torch.bool).index_fill(0, k, True) for block, k in zip(blocks, kept, strict=True)
-    ]
-    mask = batch["attention_mask"].bool().clone()
-    mask.view(-1)[layout.place] = torch.cat(stays)
-    return mask
 
 
 def keep_all(family: TinyFamily) -> None:
@@ -105,6 +77,7 @@ def drop_is_mask(family: TinyFamily) -> None:
             real = inputs["attention_mask"].bool()
             assert torch.equal(inputs["input_ids"][real], batch["input_ids"][mask])
             assert torch.equal(inputs["labels"][real], batch["labels"][mask])
+            assert inputs["input_ids"].shape[1] == int(mask.sum(1).max()), "no column is padding in every row"
             found = logits_of(model, inputs)[real]
             masked = masked_logits(family, model, batch, mask)[mask]
             if not family.not_masking:
@@ -225,6 +198,34 @@ def trains(family: TinyFamily) -> None:
             assert torch.equal(value, model.state_dict()[key]), key
 
 
+def half(family: TinyFamily) -> None:
+    """In bfloat16 it trains on the pixels that the stock forward takes, float32 where that does."""
+    model = model_of(family, fresh=True).bfloat16().eval()
+    for name, parameter in model.named_parameters():  # as from_pretrained loads them
+        if any(part in name for part in model._keep_in_fp32_modules_strict or ()):
+            parameter.data = parameter.data.float()
+    batch = family.make_batch(model, [1])
+    try:
+        expected = logits_of(model, batch)
+    except RuntimeError:  # this forward leaves the type of the pixels to the user
+        batch = {name: value.bfloat16() if is_floating(value) else value for name, value in batch.items()}
+        expected = logits_of(model, batch)
+    handle = trimtab.attach(model, settings(kl_weight=0.0))
+    loss = {}
+    for mode in ("fast", "slow"):
+        with handle.force_mode(mode):
+            loss[mode] = model.train()(**batch).loss
+    loss["fast"].backward()
+    handle.detach()
+    assert loss["fast"].isfinite()
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):  # these differ in training mode
+        reference = torch.nn.functional.cross_entropy(
+            expected[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), ignore_index=-100
+        )
+        # Eight bits of scores of order four are a few hundredths; the mean over the labels is closer.
+        close(loss["slow"].detach(), reference, 3e-2)
+
+
 def generates(family: TinyFamily) -> None:
     """generate() in evaluation mode gives the same with DualSpeed attached, and after it was detached, as before."""
     model = model_of(family, fresh=True)
@@ -276,8 +277,9 @@ def videos(family: TinyFamily) -> None:
         encoded = encode_images(model, batch)
         assert encoded.counts["video"] >= 1
         moving = encoded.tiles[-encoded.counts["video"] :]
+        frames = frames_of(family, model, batch)
         apart = len(moving) > sum(VIDEO_ROWS)  # some encoders hand over every frame as a block of its own
-        assert apart or all(len(frames) > 1 for frames in moving), "each frame is a tile"
+        assert moving == ([[size] for video in frames for size in video] if apart else frames), "each frame is a tile"
         handle = trimtab.attach(model.train(), settings())
         with handle.force_mode("fast"):
             model(**batch).loss.backward()
@@ -291,6 +293,22 @@ def videos(family: TinyFamily) -> None:
             model(**batch).loss.backward()
         assert handle.metrics()["kl"] > 0
         handle.detach()
+
+
+def head(family: TinyFamily) -> None:
+    """The loss scales the head's scores as the stock forward does, whatever the text configuration names."""
+    config = copy.deepcopy(model_of(family).config)
+    text = config.get_text_config()
+    for name, value in (("logits_scaling", 1.5), ("logit_scale", 0.5), ("final_logit_softcapping", 1.0)):
+        setattr(text, name, value)
+    model = type(model_of(family))(config).eval()
+    model.load_state_dict(model_of(family).state_dict())
+    batch = family.make_batch(model, NO_IMAGES)
+    host = open_host(model)
+    with torch.no_grad():
+        states = host.last_states({name: batch[name] for name in ("input_ids", "attention_mask")})
+        # Words without a score have the smallest number there, or one that may still be divided by a temperature.
+        close(host.head(states).clamp_min(-1e9), logits_of(model, batch).clamp_min(-1e9), TIGHT)
 
 
 def supported(family: TinyFamily) -> None:
@@ -312,123 +330,11 @@ CHECKS: dict[str, Callable[[TinyFamily], None]] = {
     "rows_alone": rows_alone,
     "gradients": gradients,
     "losses": losses,
+    "head": head,
     "trains": trains,
+    "half": half,
     "generates": generates,
     "infers": infers,
     "videos": videos,
 }
 """All checks; `videos` is for families that take some."""
-
-
-def batches(family: TinyFamily, model: Any, side: str) -> list[Batch]:
-    """Return the batches of the identities: images, and where the family takes videos images and videos together."""
-    found = [family.make_batch(model, ROWS, padding_side=side)]
-    if family.videos is not None:
-        images = BESIDE_VIDEOS if family.mixed else NO_IMAGES
-        found.append(family.make_batch(model, images, padding_side=side, videos_per_row=VIDEO_ROWS))
-    return found
-
-
-def settings(**changes: Any) -> DualSpeedConfig:
-    """Return settings whose choice does not depend on the features, so that small tiles keep something."""
-    return DualSpeedConfig(**{"keep_ratio": 0.25, "isolator_tokens": 2, "keep_rule": "ceil", "seed": 1, **changes})
-
-
-def longer(batch: Batch, token: Tensor) -> Batch:
-    """Return a batch with one more word in every row; what a processor adds per word is that of the last one."""
-    shape = batch["input_ids"].shape
-    grown = {
-        name: torch.cat((value, value[:, -1:]), 1) if getattr(value, "shape", None) == shape else value
-        for name, value in batch.items()
-    }
-    return {**grown, "input_ids": torch.cat((batch["input_ids"], token), 1)}
-
-
-def membership(index: Tensor, size: int) -> Tensor:
-    """Return which of `size` places are in `index`."""
-    return torch.zeros(size, dtype=torch.bool).index_fill(0, index, True)
-
-
-def block_sizes(model: Any, batch: Batch) -> list[int]:
-    """Return how many visual tokens each block has."""
-    with torch.no_grad():
-        return [len(block) for block in encode_images(model, batch).blocks]
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Compare absolutely."""
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
-
-
-def full_positions(family: TinyFamily, model: Any, batch: Batch) -> Tensor:
-    """Return the positions that the stock model gives the full sequence."""
-    if family.mrope:
-        names = inspect.signature(model.model.get_rope_index).parameters
-        renamed = {"second_per_grids": "video_second_per_grid"}
-        index = {name: batch[key] for name in names if (key := renamed.get(name, name)) in batch}
-        positions: Tensor = model.model.get_rope_index(**index)[0]
-        return positions
-    rows, places = batch["input_ids"].shape
-    return torch.arange(places).expand(rows, -1)
-
-
-def positions_of_row(family: TinyFamily, model: Any, batch: Batch, alone: Batch, row: int) -> Tensor:
-    """Return the positions that a row has in its batch, and hold that the last row has others alone."""
-    mine = full_positions(family, model, batch)[:, row : row + 1, batch["attention_mask"][row].bool()]
-    differ = not torch.equal(mine, full_positions(family, model, alone))
-    assert differ == (row == len(ROWS) - 1), f"declared to depend on other rows ({family.row_dependence})"
-    return mine
-
-
-def masked_logits(family: TinyFamily, model: Any, batch: Batch, mask: Tensor) -> Tensor:
-    """Run the stock model on the full sequence with the dropped tokens masked from attention."""
-    positions = full_positions(family, model, batch)
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    if family.mrope:
-        inputs.pop("mm_token_type_ids", None)
-    return logits_of(model, {**inputs, "attention_mask": mask.long(), "position_ids": positions})
-
-
-def embedded_row(model: Any, inputs: Batch, row: int) -> Tensor:
-    """Run one row of assembled inputs through the stock model as embeddings, so that no placeholder is involved."""
-    real = inputs["attention_mask"][row].bool()
-    embedded = caught_embeddings(model, inputs)[row : row + 1, real]
-    positions = inputs["position_ids"]
-    place = positions[:, row : row + 1, real] if positions.dim() == 3 else positions[row : row + 1, real]
-    decoder = model.get_decoder()
-    ids = inputs["input_ids"][row : row + 1, real]
-    # Some decoders need the tokens too and search the table for every embedding, in vain for visual ones.
-    with torch.no_grad(), mock.patch.object(decoder, "reverse_embedding", create=True, return_value=ids):
-        # Without a mask transformers would take gaps in the positions for the borders of packed sequences.
-        mask = torch.ones_like(embedded[..., 0], dtype=torch.long)
-        logits: Tensor = model(inputs_embeds=embedded, attention_mask=mask, position_ids=place).logits
-    return logits[0]
-
-
-def caught_embeddings(model: Any, inputs: Batch) -> Tensor:
-    """Return what the decoder receives for assembled inputs."""
-    caught: list[Tensor] = []
-    hook = model.get_decoder().register_forward_pre_hook(
-        lambda module, args, kwargs: caught.append(kwargs["inputs_embeds"]), with_kwargs=True
-    )
-    logits_of(model, inputs)
-    hook.remove()
-    return caught[0]
-
-
-@contextlib.contextmanager
-def watched_features(model: Any) -> Iterator[list[Tensor]]:
-    """While active, collect the image features of the model's own encoder, with their gradients."""
-    base, found = model.base_model, []
-
-    def encode(*args: Any, **kwargs: Any) -> Any:
-        output = stock(*args, **kwargs)
-        whole = open_host(model).features(output)
-        found.extend([whole] if isinstance(whole, Tensor) else whole)
-        for features in found:
-            features.retain_grad()
-        return output
-
-    stock = base.get_image_features
-    with mock.patch.object(base, "get_image_features", encode):
-        yield found

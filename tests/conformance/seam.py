@@ -13,7 +13,7 @@ from typing import Any
 
 import transformers
 from tests.conformance.families import SUITE
-from tests.conformance.family_checks import model_of
+from tests.conformance.family_tools import model_of
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_TO_TEXT
 
 FILE = Path(__file__).with_name("seam.json")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tests.conformance.families import SUITE
-from tests.conformance.family_checks import (
+from tests.conformance.family_tools import (
     SIDES,
     batches,
     close,

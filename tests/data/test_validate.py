@@ -96,6 +96,13 @@ def test_limit_and_progress(folder):
         validate_rows(path, limit=0)
 
 
+def test_broken_lines_behind_the_last_row_count_where_no_row_is_left_out(folder):
+    path = _lines(folder, [_row(), _row("b.png"), "{"])
+    for limit in (2, 200, None):
+        assert validate_rows(path, limit=limit).first_bad_row == 3
+    assert validate_rows(path, limit=1).sound
+
+
 def test_rows_and_image_folder_are_taken(folder, tmp_path_factory):
     path = _lines(folder, [_row(), _row("b.png")])
     assert validate_rows(load_rows(path)).images == 2

@@ -17,6 +17,7 @@ from transformers import Trainer
 
 import trimtab
 from trimtab import DualSpeedCallback, DualSpeedConfig
+from trimtab.dualspeed.schedule import mode_of_step
 
 SETTINGS: dict[str, Any] = {"keep_ratio": 0.2, "slow_ratio": 0.4, "seed": 11, "schedule": "bernoulli"}
 STEPS = 4
@@ -81,6 +82,50 @@ def test_the_loop_of_accelerate_leaves_an_ordinary_model() -> None:
     model, handle, _ = accelerate_loop()
     handle.detach()
     assert weights(model).keys() == weights(tiny_llava()).keys()
+
+
+def test_the_shorter_update_at_the_end_of_an_epoch_counts_as_one() -> None:
+    """Six batches at four per update: accelerate ends the second update after two of them."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    model = tiny_llava()
+    handle = trimtab.attach(model, DualSpeedConfig(**{**SETTINGS, "seed": 6}), accumulation_steps=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    loader = DataLoader(TinyRows(6), batch_size=1, collate_fn=collate)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    updates: list[list[str]] = [[]]
+    for epoch in range(4):
+        if epoch == 2:  # as a run that is resumed
+            state = handle.state_dict()
+            handle.load_state_dict({**state, "micro_step": 0, "skipped": 0})
+            handle.load_state_dict(state)
+        for batch in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batch).loss)
+                updates[-1].append(handle.metrics()["mode"])
+                if accelerator.sync_gradients:
+                    updates.append([])
+                optimizer.step()
+                optimizer.zero_grad()
+    drawn = [mode_of_step(update, kind="bernoulli", slow_ratio=0.4, seed=6) for update in range(8)]
+    assert set(drawn) == {"fast", "slow"}
+    assert updates[:-1] == [[mode] * (2 if update % 2 else 4) for update, mode in enumerate(drawn)]
+
+
+def test_a_loop_outside_of_accelerates_loaders_does_not_ask_accelerate() -> None:
+    """Accelerator's state outlives its loop; in a plain loop it would say that every call ends an update."""
+    accelerate_loop(accumulation=2)
+    left = Accelerator(cpu=True, gradient_accumulation_steps=2).prepare(DataLoader(TinyRows(8), collate_fn=collate))
+    opened = iter(left)
+    next(opened)
+    state = GradientState()
+    assert (state.sync_gradients, state.in_dataloader, state.num_steps) == (True, True, 2)
+    model = tiny_llava()
+    handle = trimtab.attach(model, DualSpeedConfig(**SETTINGS), accumulation_steps=2)
+    modes = []
+    for number in range(8):
+        model(**FAMILIES["llava"].make_batch(None, (1,), seed=number))
+        modes.append(handle.metrics()["mode"])
+    assert modes == [mode_of_step(call // 2, kind="bernoulli", slow_ratio=0.4, seed=11) for call in range(8)]
 
 
 # bf16 ----------------------------------------------------------------------------------------------------------------

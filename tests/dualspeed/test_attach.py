@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 import pickle
 import random
@@ -12,6 +14,10 @@ import pytest
 import torch
 from tests.dualspeed.common import ROWS, SUM_ORDER, attached, portrait, same_model
 from tests.tiny import FAMILIES, IMAGE, WIDTH, TinyFamily, gradients, tiny_llava, weights
+
+import trimtab
+from trimtab import DualSpeedConfig
+from trimtab.errors import WrongOrderError
 
 
 @pytest.fixture(params=["llava", "llava_next", "idefics3", "qwen2_5_vl"])
@@ -173,6 +179,83 @@ def test_a_slow_step_under_autocast_trains_every_weight_of_the_language_model() 
         loss.backward()
     without = [name for name, p in model.named_parameters() if "vision_tower" not in name and p.grad is None]
     assert without == []
+
+
+def test_what_autocast_keeps_of_the_teacher_is_gone_before_the_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above cannot show it with torch 2.13, which keeps no weight that was cast without gradients."""
+    model = tiny_llava()
+    events: list[str] = []
+    clear = torch.clear_autocast_cache
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: (events.append("clear"), clear()))
+    model.model.language_model.register_forward_pre_hook(
+        lambda *_: events.append("student" if torch.is_grad_enabled() else "teacher")
+    )
+    with attached(model, keep_ratio=0.2) as handle, handle.force_mode("slow"):
+        model(**FAMILIES["llava"].make_batch(model, ROWS))
+    teacher, student = events.index("teacher"), events.index("student")
+    assert "clear" in events[teacher:student]
+
+
+@pytest.mark.parametrize("mode", ["fast", "slow"])
+def test_a_training_step_returns_a_tuple_on_request(mode: str) -> None:
+    model = tiny_llava()
+    batch = FAMILIES["llava"].make_batch(model, ROWS)
+    with attached(model, keep_ratio=0.2) as handle, handle.force_mode(mode):
+        output = model(**batch)
+        as_tuple = model(**batch, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert torch.equal(as_tuple[0], output.loss)
+    assert len(as_tuple) == len(output.to_tuple())
+
+
+# copies and lost handles ---------------------------------------------------------------------------------------------
+
+
+def test_a_copy_is_told_from_its_original_and_can_be_freed() -> None:
+    """A deep copy has copies of the hooks and of the handle, which nobody holds."""
+    model = tiny_llava()
+    batch = FAMILIES["llava"].make_batch(model, ROWS)
+    model(**batch)  # transformers installs its own capturing hooks on the first forward
+    plain = portrait(model), weights(model)
+    with attached(model, keep_ratio=0.2):
+        original = portrait(model)
+        twin = copy.deepcopy(model)
+        with pytest.raises(WrongOrderError, match=r"copy of a model that had it.*trimtab\.detach\(model\)"):
+            trimtab.attach(twin, DualSpeedConfig())
+        trimtab.detach(twin)
+        same_model(twin, plain)
+        assert portrait(model) == original, "the original keeps its own"
+        with attached(twin, keep_ratio=0.2) as other:
+            twin(**batch).loss.backward()
+            assert other.isolator.rows.grad is not None
+            assert model.dualspeed_isolator.rows.grad is None
+    same_model(model, plain)
+
+
+def test_a_model_whose_handle_is_lost_can_be_freed() -> None:
+    model = tiny_llava()
+    model(**FAMILIES["llava"].make_batch(model, ROWS))
+    compiled = torch.compile(model, backend="eager")
+    before = portrait(model), weights(model)
+    trimtab.attach(model, DualSpeedConfig())
+    with pytest.raises(WrongOrderError, match=r"trimtab\.detach"):
+        trimtab.attach(compiled, DualSpeedConfig())
+    trimtab.detach(compiled)
+    same_model(model, before)
+    trimtab.detach(model)
+    same_model(model, before)
+
+
+def test_a_copied_handle_reads_the_precision_of_its_own_model() -> None:
+    """accelerate marks the model that it prepares; the copy of a model that is not prepared computes as before."""
+    model = tiny_llava()
+    with attached(model, keep_ratio=0.2):
+        twin = copy.deepcopy(model)
+        model._original_forward = model.forward
+        handle = next(hook.__self__ for hook in twin._forward_pre_hooks.values())
+        assert isinstance(handle.autocast(), contextlib.nullcontext)
+        del model._original_forward
+    trimtab.detach(twin)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # asked for by PEFT itself

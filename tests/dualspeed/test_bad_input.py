@@ -454,3 +454,34 @@ def test_a_loss_of_the_users_own_is_refused(llava: Any, tmp_path: Path) -> None:
             model=llava, args=training_arguments(tmp_path), train_dataset=TinyRows(), data_collator=collate,
             compute_loss_func=lambda *_, **__: torch.zeros(()), dualspeed=DualSpeedConfig(),
         )  # fmt: skip
+
+
+def test_settings_may_be_a_mapping_and_nothing_else(llava: Any) -> None:
+    handle = trimtab.attach(llava, {"keep_ratio": 0.5, "isolator_tokens": 0})
+    assert handle.config == DualSpeedConfig(keep_ratio=0.5, isolator_tokens=0)
+    handle.detach()
+    for wrong in (None, 0.1, "divprune"):
+        with pytest.raises(
+            SettingError, match=rf"attach\.config must be a DualSpeedConfig or a mapping.*{wrong!r} came"
+        ):
+            trimtab.attach(llava, wrong)
+
+
+def test_a_model_over_several_devices_is_refused(llava: Any) -> None:
+    llava.hf_device_map = {"model.vision_tower": 0, "model.language_model": 1, "lm_head": "cpu"}
+    with pytest.raises(SettingError, match=r"device_map has spread .* over 0, 1, cpu.*without device_map"):
+        trimtab.attach(llava, DualSpeedConfig())
+    llava.hf_device_map = {"": 0}
+    trimtab.attach(llava, DualSpeedConfig()).detach()
+
+
+def test_the_remedy_for_a_frozen_isolator_is_one_that_works(llava: Any) -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["dualspeed_isolator"])
+    handle = trimtab.attach(llava, DualSpeedConfig())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PEFT, for names that transformers has deprecated
+        wrapped = peft.get_peft_model(llava, lora)
+    with pytest.raises(SettingError, match=r"after get_peft_model or after freezing\.$"):
+        wrapped(**llava_batch())
+    handle.detach()

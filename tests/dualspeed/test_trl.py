@@ -13,6 +13,7 @@ from tests.tiny import IMAGE, gradients, tiny_llava, tiny_processor, weights
 
 import trimtab
 from trimtab import DualSpeedConfig
+from trimtab.errors import SettingError
 
 trl = pytest.importorskip("trl")
 Image = pytest.importorskip("PIL.Image")
@@ -192,3 +193,10 @@ def test_the_conversations_hold_one_image_each() -> None:
     text = processor.apply_chat_template(row["messages"], tokenize=False)
     ids = processor(text=[text], images=row["images"], return_tensors="pt")["input_ids"]
     assert int((ids == IMAGE).sum()) == 36
+
+
+def test_a_loss_of_trls_own_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"loss_type='dft' has no place .* Set it to 'nll'"):
+        sft(tmp_path, arguments={"loss_type": "dft"})
+    assert sft(tmp_path, arguments={"loss_type": "nll"}).dualspeed is not None
+    assert sft(tmp_path, settings=None, arguments={"loss_type": "dft"}).dualspeed is None

@@ -142,3 +142,12 @@ def test_without_ms_swift_the_message_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "swift", None)
     with pytest.raises(MissingExtraError, match="pip install -U ms-swift"):
         register(SETTINGS)
+
+
+@pytest.mark.parametrize("wrong", [0.1, "divprune", []])
+def test_settings_that_are_no_mapping_are_refused(makers: dict[str, Any], wrong: Any) -> None:
+    with pytest.raises(
+        SettingError, match=r"register\.config must be a DualSpeedConfig, a mapping of its fields, or No"
+    ):
+        register(wrong)
+    assert "dualspeed" not in makers

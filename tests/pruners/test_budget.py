@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.errors import SettingError
-from trimtab.pruners import kept_count
+from trimtab.pruners import kept_count, kept_counts
 from trimtab.pruners.budget import RULES
 
 
@@ -52,3 +52,13 @@ def test_always_in_range(tokens, ratio, rule):
 def test_refuses(arguments, words):
     with pytest.raises(SettingError, match=words):
         kept_count(*arguments)
+
+
+def test_small_tiles_keep_one_token_where_others_keep_some():
+    assert kept_counts({4, 64}, 0.1) == {4: 1, 64: 6}
+    assert kept_counts({4}, 0.1, any_size=True) == {4: 1}
+    assert kept_counts(set(), 0.1) == {}
+    with pytest.raises(SettingError, match=r"keeps 0 of 9 tokens \(rule 'round'\).*at least 0\.1111"):
+        kept_counts({4, 9}, 0.05, "round")
+    with pytest.raises(SettingError, match="tokens"):
+        kept_counts({0}, 0.5, any_size=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tests.run.small_run import TOKENS, settings
 
+from trimtab.cli.app import main
 from trimtab.errors import SettingError
 from trimtab.records import check_record, read_record
 from trimtab.report import render_report
@@ -82,6 +83,18 @@ def test_an_annealed_schedule_needs_no_length_where_nothing_is_scheduled(
     config = build_config({**settings(small_run), "output_dir": str(trained_copy), "dualspeed": block})
     assert "pruned" in evaluate(config, pruned=True, max_new_tokens=1)["results"]
     assert bench(make_config(dualspeed=block), steps=1)["settings"]["dualspeed"]["schedule"] == "annealed"
+
+
+def test_the_command_calls_a_slower_run_slower(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = {"results": {"modes": [], "dualspeed_speedup": 0.76}}
+    monkeypatch.setattr("trimtab.run.bench.bench", lambda *_, **__: made)
+    make_config()
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", str(tmp_path / "run.yaml")])
+    assert not ended.value.code
+    assert "DualSpeed as set: 1.32 times slower per step than plain training." in capsys.readouterr().out
 
 
 def test_bench_without_the_block_measures_the_defaults(make_config: Make) -> None:

@@ -6,7 +6,7 @@ For transformers: which models can train on pruned visual tokens (`check_model`)
 """
 
 from trimtab.anatomy.assemble import RowLayout, assemble, full_inputs, read_rows
-from trimtab.anatomy.encode import EncodedImages, encode_images, has_images, question_embeddings, supplied_needs
+from trimtab.anatomy.encode import EncodedImages, Words, encode_images, has_images, question_embeddings, supplied_needs
 from trimtab.anatomy.families import Host, Modality, SupportReport, check_model, open_host
 from trimtab.anatomy.family_table import FAMILIES, REFUSED, Family
 
@@ -19,6 +19,7 @@ __all__ = [
     "Modality",
     "RowLayout",
     "SupportReport",
+    "Words",
     "assemble",
     "check_model",
     "encode_images",

@@ -7,7 +7,6 @@ from every tensor that has a value per place, packs the rows anew, and hands the
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +15,7 @@ import torch
 
 from trimtab.anatomy.encode import EncodedImages
 from trimtab.anatomy.families import Host, open_host
+from trimtab.anatomy.positions import full_positions, packed_rows, packing_error, refuse_packed_entries
 from trimtab.errors import SettingError, TokenMismatchError
 from trimtab.ops.label_head import IGNORED
 from trimtab.ops.repack import close_gaps, gather_places, repack_index
@@ -69,26 +69,24 @@ def read_rows(model: Any, batch: Mapping[str, Any], encoded: EncodedImages | Non
         The layout.
 
     Raises:
-        SettingError: ``attention_mask`` has a shape other than that of ``input_ids``.
+        SettingError: ``attention_mask`` has a shape other than that of ``input_ids``, or rows hold packed sequences.
         TokenMismatchError: Placeholders and features do not fit; the message has both counts and the row.
     """
     host = open_host(model)
     ids = batch["input_ids"]
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.shape != ids.shape:
-        raise SettingError(
-            f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}, but {tuple(mask.shape)} came. Give "
-            "the two-dimensional mask of the processor; the model builds larger ones itself."
-        )
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    refuse_packed_entries(batch)
+    real = _real(batch)
     kinds = _placeholders(host, ids, real, encoded)
-    types = torch.stack([holds * TYPES[name] for name, holds in kinds.items()]).sum(0)
+    types = _types(kinds)
+    packed = packed_rows(host, batch, real)
     placeholder = types != 0
     labels = batch.get("labels")
     labelled = (placeholder & (labels != IGNORED)).sum(1) if labels is not None else torch.zeros_like(ids[:, 0])
-    counts = torch.stack([real.sum(1), labelled, real[:, 0].long(), *(kind.sum(1) for kind in kinds.values())]).tolist()
-    lengths, labelled_rows, first_real = counts[:3]
-    per_kind = dict(zip(kinds, counts[3:], strict=True))
+    per_row = [real.sum(1), labelled, real[:, 0].long(), packed.long(), *(kind.sum(1) for kind in kinds.values())]
+    lengths, labelled_rows, first_real, broken, *found = torch.stack(per_row).tolist()
+    if any(broken):
+        raise packing_error(broken.index(1))
+    per_kind = dict(zip(kinds, found, strict=True))
     rows: list[int] = []
     sizes = [] if encoded is None else [block.shape[0] for block in encoded.blocks]
     for name, placeholders in per_kind.items():
@@ -105,6 +103,24 @@ def read_rows(model: Any, batch: Mapping[str, Any], encoded: EncodedImages | Non
         pad_left=not all(first_real),
         block_rows=rows,
     )
+
+
+def _real(batch: Mapping[str, Any]) -> Bool[Tensor, "row seq"]:
+    """Which places are not padding."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        came = tuple(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise SettingError(
+            f"attention_mask must be a tensor of the shape of input_ids, {tuple(ids.shape)}, but {came} came. Give "
+            "the two-dimensional mask of the processor; the model builds larger ones itself."
+        )
+    return mask != 0
+
+
+def _types(kinds: Mapping[str, Tensor]) -> Int[Tensor, "row seq"]:
+    return torch.stack([holds * TYPES[name] for name, holds in kinds.items()]).sum(0)
 
 
 def _placeholders(host: Host, ids: Tensor, real: Tensor, encoded: EncodedImages | None) -> dict[str, Tensor]:
@@ -140,11 +156,15 @@ def full_inputs(model: Any, batch: Mapping[str, Any], encoded: EncodedImages) ->
         encoded: Its images.
 
     Returns:
-        The same arguments, with features in place of pixels.
+        The same arguments, with features in place of pixels; where positions are multimodal and the batch does not
+        say what stands at each place (``mm_token_type_ids``), that too.
     """
     host = open_host(model)
     done = {name for name in host.encoder_names if name.startswith("pixel_")} | {kind.mask for kind in host.modalities}
     inputs = {name: value for name, value in batch.items() if name not in done}
+    counts = host.rotary == "multimodal" and "mm_token_type_ids" in host.forward_names
+    if counts and batch.get("mm_token_type_ids") is None and batch.get("position_ids") is None:
+        inputs["mm_token_type_ids"] = _types(_placeholders(host, batch["input_ids"], _real(batch), encoded))
     return {**inputs, "mm_encoder_outputs": dict(encoded.outputs)}
 
 
@@ -166,7 +186,10 @@ def assemble(
         batch: Arguments of its forward.
         encoded: Its images.
         kept: For each block the tokens to keep, ascending.
-        prefix: Rows to put in front of every block, or None. They take places of dropped tokens.
+        prefix: Rows to put in front of every block, or None. They take places of dropped tokens; a block that keeps
+            all its tokens has none for them and stays as it is. Where the first of a block's tiles drops fewer tokens
+            than the prefix has rows, the tokens behind move on: into places of the next tile, past what the text has
+            between the two.
         tokens: For each block the features to hand over in place of the kept ones (merged tokens), or None.
         positions: ``"renumber"`` closes the gaps, ``"original"`` keeps the positions of the full sequence; prefix
             rows then share the position of the block's first token.
@@ -176,7 +199,7 @@ def assemble(
         Arguments of the model: every tensor with a value per place made shorter, images replaced by features.
 
     Raises:
-        SettingError: A block has fewer dropped tokens than the prefix needs, or indices for another number of
+        SettingError: A block drops some tokens, but fewer than the prefix needs, or indices for another number of
             blocks came.
         TokenMismatchError: Placeholders and features do not fit.
     """
@@ -185,13 +208,15 @@ def assemble(
     if len(kept) != len(sizes):
         raise SettingError(f"kept must have one entry for each of the {len(sizes)} blocks, but {len(kept)} came.")
     layout = read_rows(host, batch, encoded) if layout is None else layout
-    fronts = [prefix.shape[0] if prefix is not None and size else 0 for size in sizes]
+    whole = [index.shape[0] == size for size, index in zip(sizes, kept, strict=True)]
+    fronts = [0 if prefix is None or uncut else prefix.shape[0] for uncut in whole]
     counts = [front + index.shape[0] for front, index in zip(fronts, kept, strict=True)]
-    for size, front, index in zip(sizes, fronts, kept, strict=True):
-        if front + index.shape[0] > size:
+    for block, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+        if count > size:
             raise SettingError(
-                f"keep_ratio keeps {index.shape[0]} of {size} visual tokens of an image, which leaves fewer than the "
-                f"{front} places that the isolator needs. Lower keep_ratio or isolator_tokens."
+                f"{count - fronts[block]} of {size} visual tokens are kept of block {block} (row "
+                f"{layout.block_rows[block]}), which leaves fewer than the {fronts[block]} places that the prefix "
+                "needs. Keep fewer, or all of them, or give a shorter prefix."
             )
     slots = _slots(sizes, kept, fronts, layout.place.device)
     keep = layout.real.clone()
@@ -203,10 +228,10 @@ def assemble(
         features = [torch.cat((prefix[:n].to(one.dtype), one)) for n, one in zip(fronts, features, strict=True)]
 
     # Without a mask transformers takes gaps in the positions for the borders of packed sequences.
-    gaps = positions == "original" and batch.get("position_ids") is None
+    gaps = positions == "original"
     short = _shorten(host, batch, source, real, layout, needs_mask=gaps or min(lengths) < max(lengths))
     if host.rotary == "multimodal" or positions == "original" or batch.get("position_ids") is not None:
-        places = _positions(host, batch, layout)
+        places = full_positions(host, batch, layout.real, layout.types)
         if host.rotary == "line" and positions == "renumber":
             places = places - (layout.real & ~keep).long().cumsum(1)
         else:
@@ -262,8 +287,10 @@ def _slots(sizes: list[int], kept: Sequence[Tensor], fronts: list[int], device: 
         inside = torch.arange(widest, device=device) < torch.tensor(sizes, device=device)[:, None]
         free = inside & ~stays
         stays |= free & (free.cumsum(1) <= torch.tensor(fronts, device=device)[:, None])
-    flat = [number * widest + place for number, size in enumerate(sizes) for place in range(size)]
-    return stays.flatten()[torch.tensor(flat, device=device, dtype=torch.long)]
+    total, lengths = sum(sizes), torch.tensor(sizes, device=device, dtype=torch.long)
+    ahead = torch.arange(len(sizes), device=device) * widest - (lengths.cumsum(0) - lengths)  # empty places before it
+    places = torch.arange(total, device=device) + ahead.repeat_interleave(lengths, output_size=total)
+    return stays.flatten()[places]
 
 
 def _origins(sizes: list[int], kept: Sequence[Tensor], fronts: list[int], device: torch.device) -> Tensor:
@@ -288,7 +315,7 @@ def _shorten(
     shape = layout.real.shape
     config = host.model.config.get_text_config()
     pad = getattr(config, "pad_token_id", None)
-    if pad is None or pad in host.image_token_ids:
+    if pad is None or pad < 0 or pad in host.image_token_ids:
         pad = next(token for token in range(len(host.image_token_ids) + 1) if token not in host.image_token_ids)
     padding = {"input_ids": pad, "labels": IGNORED}
     short: dict[str, Any] = {}
@@ -300,37 +327,6 @@ def _shorten(
     if short.get("attention_mask") is None and needs_mask:
         short["attention_mask"] = real.to(torch.long)
     return short
-
-
-def _positions(host: Host, batch: Mapping[str, Any], layout: RowLayout) -> Int[Tensor, "axis row seq"]:
-    """Positions of the full sequence, [axis, row, seq]."""
-    given: Tensor | None = batch.get("position_ids")
-    if given is not None:
-        full = given if given.dim() == 3 else given[None]
-        return full.expand(full.shape[0], *layout.real.shape)
-    if host.rotary == "line":
-        places = torch.arange(layout.real.shape[1], device=layout.real.device) + host.family.first_position
-        return places.expand(1, *layout.real.shape)
-    return _multimodal_positions(host, batch, layout)
-
-
-def _multimodal_positions(host: Host, batch: Mapping[str, Any], layout: RowLayout) -> Tensor:
-    types = batch.get("mm_token_type_ids")
-    values = {**batch, "mm_token_type_ids": layout.types if types is None else types}
-    if (heard := batch.get("feature_attention_mask")) is not None:
-        values["audio_feature_lengths"] = heard.sum(1)  # as the forward of models with audio counts it
-    names = inspect.signature(host.base.compute_3d_position_ids).parameters
-    deltas = host.base.rope_deltas
-    try:
-        # The model would number rows by deltas of an earlier batch if any were left.
-        host.base.rope_deltas = None
-        positions: Tensor | None = host.base.compute_3d_position_ids(**{name: values.get(name) for name in names})
-    finally:
-        host.base.rope_deltas = deltas
-    if positions is None:  # some need an attention mask, and without one let the language model count places
-        rows, places = layout.real.shape
-        return torch.arange(places, device=layout.real.device).expand(3, rows, places)
-    return positions
 
 
 def _move_to_origin(places: Tensor, slots: Tensor, origins: Tensor, layout: RowLayout) -> Tensor:

@@ -82,7 +82,12 @@ def _arguments(host: Any, names: tuple[str, ...], device: torch.device) -> dict[
     if host.family.tiles == "square":
         real = {"pixel_attention_mask": torch.ones(1, 1, device=device, dtype=torch.bool)}
         return {"pixel_values": ones(1, 1, channels, size, size), **(real if "tile_fine_mask" in names else {})}
+    if host.model.config.model_type == "perception_lm":  # tiles by image
+        return {"pixel_values": ones(1, 1, channels, size, size)}
     given = {"pixel_values": ones(1, channels, size, size)}
+    if "high_res_pixel_values" in names:
+        high = host.model.config.high_res_vision_config.image_size
+        given["high_res_pixel_values"] = ones(1, channels, high, high)
     if vision.model_type == "pixtral":
         given["image_sizes"] = torch.tensor([[size, size]], device=device)
     return given

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -16,10 +16,11 @@ import torch
 from trimtab.anatomy.families import Host, Modality, open_host
 from trimtab.anatomy.frames import drop_masked, frame_tiles
 from trimtab.anatomy.inside import call_inside
-from trimtab.anatomy.tower import OBSERVABLE_TOWERS, Observed, observe_tower
+from trimtab.anatomy.tower import OBSERVABLE_TOWERS, Observed, block_trouble, observe_tower
 from trimtab.anatomy.views import view_filler, view_tiles
 from trimtab.errors import HostLibraryError, SettingError
 from trimtab.ops.label_head import IGNORED
+from trimtab.ops.repack import gather_places, repack_index
 from trimtab.shapes import Bool, Float, Int, Tensor
 
 NOTHING: frozenset[str] = frozenset()
@@ -27,6 +28,7 @@ SHAPES = ("image_sizes", "image_position_ids", "video_position_ids", "spatial_sh
 """Arguments of encoders that take images of any shape; how many tokens come does not tell rows from columns."""
 PATCHES = ("image_grid_hw", "target_sizes", "target_sizes_videos")
 """Arguments with rows and columns of patches of each image or frame."""
+CHOICES = ("vision_feature_layer", "vision_feature_select_strategy")
 OBSERVED = ("hidden", "cls_attention", "keys")
 
 
@@ -49,6 +51,7 @@ class EncodedImages:
         hidden: States of the vision tower before the projector per block, or None where not asked for.
         cls_attention: Attention of the class token per block, or None.
         keys: Key vectors per block, or None.
+        any_size: Whether tiles are as large as their pictures happen to be, so that some may be very small.
     """
 
     outputs: dict[str, Any]
@@ -60,10 +63,48 @@ class EncodedImages:
     hidden: list[Float[Tensor, "token channel"]] | None = None
     cls_attention: list[Float[Tensor, "token"]] | None = None
     keys: list[Float[Tensor, "token key"]] | None = None
+    any_size: bool = False
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words around the blocks of a batch, each row's once.
+
+    Attributes:
+        embeddings: [row, word, width].
+        counts: Which of them count.
+        block_rows: Row of each block.
+    """
+
+    embeddings: Float[Tensor, "row word width"]
+    counts: Bool[Tensor, "row word"]
+    block_rows: list[int]
+
+    def around(self, blocks: Sequence[int]) -> tuple[Float[Tensor, "tile word width"], Bool[Tensor, "tile word"]]:
+        """Return the words of some tiles and which of them count, without a copy where all are of one row.
+
+        Args:
+            blocks: The block of each tile.
+        """
+        rows = [self.block_rows[block] for block in blocks]
+        if len(set(rows)) == 1:
+            one = slice(rows[0], rows[0] + 1)
+            return self.embeddings[one].expand(len(rows), -1, -1), self.counts[one].expand(len(rows), -1)
+        index = torch.tensor(rows, device=self.counts.device)
+        return self.embeddings[index], self.counts[index]
 
 
 def has_images(batch: Mapping[str, Any]) -> bool:
-    """Whether a batch carries images or videos."""
+    """Whether a batch carries images or videos.
+
+    Raises:
+        SettingError: It carries images under the old name that the processor of Video-LLaVA gives them.
+    """
+    if batch.get("pixel_values_images") is not None:
+        raise SettingError(
+            "pixel_values_images is an old name, which transformers is about to drop: the images must come as "
+            "pixel_values. Rename the entry, or give the image processor return_legacy_image_output=False."
+        )
     return batch.get("pixel_values") is not None or batch.get("pixel_values_videos") is not None
 
 
@@ -72,9 +113,9 @@ def supplied_needs(model: Any) -> frozenset[str]:
     host = open_host(model)
     if host.family.width:  # words and features do not compare
         return NOTHING
-    if host.family.tower and host.model.config.vision_config.model_type in OBSERVABLE_TOWERS:
-        return frozenset({"text", "hidden", "cls_attention", "keys"})
-    return frozenset({"text"})
+    if not host.family.tower or host.model.config.vision_config.model_type not in OBSERVABLE_TOWERS:
+        return frozenset({"text"})
+    return frozenset({"text", "hidden"} if block_trouble(host) else {"text", "hidden", "cls_attention", "keys"})
 
 
 def encode_images(model: Any, batch: Mapping[str, Any], needs: frozenset[str] = NOTHING) -> EncodedImages:
@@ -89,15 +130,18 @@ def encode_images(model: Any, batch: Mapping[str, Any], needs: frozenset[str] = 
         The features and what was observed, block by block.
 
     Raises:
-        SettingError: A need that this model, or a video, cannot supply, or videos that it does not take.
+        SettingError: A need that this model, or a video, cannot supply, videos that it does not take, or another
+            choice of vision layers than the configuration's.
         HostLibraryError: An encoder returned something that this release does not know.
     """
     host = open_host(model)
+    _refuse_choices(host, batch)
     missing = needs - supplied_needs(host)
     if missing:
+        tower = host.family.tower and host.model.config.vision_config.model_type in OBSERVABLE_TOWERS
         raise SettingError(
-            f"{type(host.model).__name__} cannot supply {', '.join(sorted(missing))}, which the pruner needs. Choose "
-            "one that needs features only, such as 'divprune'."
+            f"{type(host.model).__name__} cannot supply {', '.join(sorted(missing))}, which the pruner needs. "
+            f"{block_trouble(host) if tower else ''}Choose one that needs features only, such as 'divprune'."
         )
     kinds = [kind for kind in host.modalities if batch.get(kind.pixels) is not None]
     if batch.get("pixel_values_videos") is not None and "video" not in [kind.name for kind in kinds]:
@@ -114,8 +158,20 @@ def encode_images(model: Any, batch: Mapping[str, Any], needs: frozenset[str] = 
         tiles=[tiles for part in parts for tiles in part.tiles],
         grid=grids.pop() if len(grids) == 1 else None,
         filler=[filler for part in parts for filler in part.filler],
+        any_size=any(part.any_size for part in parts),
         **({name: getattr(parts[0], name) for name in OBSERVED} if len(parts) == 1 else {}),
     )
+
+
+def _refuse_choices(host: Host, batch: Mapping[str, Any]) -> None:
+    """Refuse another choice of vision layers than the configuration's, which a forward of LLaVA takes per call."""
+    for name in CHOICES:
+        given, own = batch.get(name), getattr(host.model.config, name, None)
+        if given is not None and given != own:
+            raise SettingError(
+                f"{name}={given!r} came with the batch, but DualSpeed encodes images as the configuration says "
+                f"({own!r}). Set model.config.{name}, and leave it out of the call."
+            )
 
 
 def _encode(host: Host, kind: Modality, batch: Mapping[str, Any], needs: frozenset[str]) -> EncodedImages:
@@ -129,8 +185,10 @@ def _encode(host: Host, kind: Modality, batch: Mapping[str, Any], needs: frozens
     arguments = {name: batch[name] for name in kind.arguments if batch.get(name) is not None}
     parameters = dict(zip(kind.arguments, kind.parameters, strict=True))
     with observe_tower(host, needs) if observed_needs else contextlib.nullcontext() as observed:
-        named = {parameters[name]: value for name, value in arguments.items()}
+        named = {parameters[name]: _typed(host, value) for name, value in arguments.items()}
         output = call_inside(host.base, partial(getattr(host.base, kind.encoder), **named, return_dict=True))
+    if host.family.tiles == "packed" and "image_sizes" in arguments:
+        arguments["image_sizes"] = torch.as_tensor(arguments["image_sizes"]).cpu()  # read there image by image
     entries = _entries(host, kind, arguments, batch, output)
     tiles = _tiles(host, kind, arguments, entries, output)
     if kind.mask is not None and batch.get(kind.mask) is not None:
@@ -144,8 +202,24 @@ def _encode(host: Host, kind: Modality, batch: Mapping[str, Any], needs: frozens
         tiles=tiles,
         grid=_grid(host, kind, arguments, tiles),
         filler=_filler(host, kind, arguments, blocks, output),
+        any_size=_any_size(host, kind, arguments),
         **_per_block(host, arguments, observed),
     )
+
+
+def _typed(host: Host, value: Any) -> Any:
+    """What the model's own forward would hand to the encoder."""
+    if not host.family.casts_pixels or not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    weight = host.model.get_input_embeddings().weight
+    return value.to(weight.dtype if weight.is_floating_point() else host.model.dtype)
+
+
+def _any_size(host: Host, kind: Modality, arguments: dict[str, Any]) -> bool:
+    if host.family.tiles == "packed":  # the base view has one size, and tiles are as large
+        return False
+    shaped = any(arguments.get(name) is not None for name in (f"{kind.name}_grid_thw", *SHAPES, *PATCHES))
+    return shaped or host.family.tiles == "runs" or arguments[kind.pixels].dim() < 4  # flat patches
 
 
 def _entries(
@@ -160,8 +234,6 @@ def _entries(
     entries = list(found) if isinstance(found, Tensor | list | tuple) else []
     if isinstance(found, Tensor) and host.family.tiles == "runs":
         entries = _split_at_runs(found.flatten(0, -2), batch["input_ids"], kind)
-    elif isinstance(found, Tensor) and found.dim() == 2:
-        entries = [found]
     if not all(isinstance(entry, Tensor) and entry.dim() in (2, 3) for entry in entries) or found is None:
         raise HostLibraryError(
             f"{type(host.model).__name__}.{kind.encoder} returned {type(output).__name__} with a "
@@ -182,11 +254,11 @@ def _split_at_runs(features: Tensor, ids: Int[Tensor, "row seq"], kind: Modality
 
 def question_embeddings(
     model: Any, batch: Mapping[str, Any], placeholder: Bool[Tensor, "row seq"], block_rows: list[int]
-) -> tuple[Float[Tensor, "image word width"], Bool[Tensor, "image word"]]:
-    """Embeddings of the words around each block that are not answers.
+) -> Words:
+    """Embeddings of the words around each block that are not answers; waits for the device once.
 
     Words are the tokens of the block's row that are neither placeholders nor padding nor supervised, so an answer
-    can never steer which tokens are kept.
+    can never steer which tokens are kept. Only they are embedded.
 
     Args:
         model: The model, or what `open_host` made of it.
@@ -195,7 +267,7 @@ def question_embeddings(
         block_rows: Row of each block.
 
     Returns:
-        Embeddings for each block, and which of them count.
+        The words of each row.
     """
     ids: Int[Tensor, "row seq"] = batch["input_ids"]
     words = ~placeholder
@@ -203,10 +275,10 @@ def question_embeddings(
         words = words & batch["attention_mask"].bool()
     if batch.get("labels") is not None:
         words = words & (batch["labels"] == IGNORED)
-    rows = torch.tensor(block_rows, device=ids.device)
+    source, counts = repack_index(words, max(1, int(words.sum(1).max())), pad_left=False)
     with torch.no_grad():
-        embedded = open_host(model).model.get_input_embeddings()(ids)
-    return embedded[rows], words[rows]
+        embeddings = open_host(model).model.get_input_embeddings()(gather_places(ids, source, counts, 0))
+    return Words(embeddings, counts, block_rows)
 
 
 def _tiles(

@@ -118,7 +118,10 @@ class Host:
         """Width of the visual features that are handed over; most often that of the language model."""
         if self.family.width:
             return int(getattr(self.model.config.vision_config, self.family.width))
-        weight = self.model.get_input_embeddings().weight
+        embeddings = self.model.get_input_embeddings()
+        if (named := getattr(embeddings, "embedding_dim", None)) is not None:  # the weight may be packed in few bits
+            return int(named)
+        weight = embeddings.weight
         return int(getattr(weight, "ds_shape", weight.shape)[1])  # in the hands of ZeRO-3 it is empty
 
     def features(self, output: Any) -> Any:
@@ -180,7 +183,7 @@ class Host:
         return any(parameter.requires_grad for parameter in self.model.get_decoder().parameters())
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
-        """Scores of the language-model head, with the scaling that the model applies to them.
+        """Scores of the language-model head, scaled as the model's own forward does.
 
         Args:
             states: [label, width].

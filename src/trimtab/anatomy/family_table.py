@@ -8,13 +8,9 @@ from typing import Literal
 Step = tuple[Literal["divide", "multiply", "cap", "first", "mute"], str]
 """What is done to the head's scores, and the name in the text configuration that says by how much."""
 
-COMMON_LOGITS: tuple[Step, ...] = (
-    ("divide", "logits_scaling"),
-    ("multiply", "logit_scale"),
-    ("cap", "final_logit_softcapping"),
-)
-"""What the names in a text configuration mean in most families."""
-MUSE_LOGITS: tuple[Step, ...] = (("multiply", "output_multiplier"), ("cap", "final_logit_softcapping"))
+CAPPED: tuple[Step, ...] = (("cap", "final_logit_softcapping"),)
+DIVIDED: tuple[Step, ...] = (("divide", "logits_scaling"),)
+MUSE_LOGITS: tuple[Step, ...] = (("multiply", "output_multiplier"), *CAPPED)
 
 SLICES = "Every slice of an image, and every frame of a video, is a block with an isolator of its own."
 LINEAR = "Layers of linear attention carry a state along the sequence: dropping a token is not the same as masking it."
@@ -22,9 +18,15 @@ SLIDING = (
     "Its sliding window counts the tokens that are there, so that a pruned step sees farther back than a full one."
 )
 TILES = "Every tile of an image is a block with an isolator of its own."
-QUERIES = "Visual tokens are learned queries, so pruners that need a grid cannot be used."
+QUERIES = (
+    "Visual tokens are learned queries: grid_pool pools neighbours in their order, which are no neighbours in the "
+    "picture."
+)
 NO_CAP = "transformers does not apply final_logit_softcapping here, so DualSpeed's loss does not either."
 NO_SCALE = "transformers does not apply the text model's logit_scale here, so DualSpeed's loss does not either."
+NO_BLANK = (
+    "No blank image of it is known: with FSDP or ZeRO give every batch an image where other processes may have some."
+)
 TIMM = "Released models have a vision tower of timm, which must be installed; the tests have one of transformers."
 CONVOLUTION = "Convolutions run along the sequence: dropping a token is not the same as masking it."
 BLOCKS = "Where token types in the batch let tokens of an image see each other in both directions, kept ones still do."
@@ -61,12 +63,14 @@ class Family:
             class-token attention, keys and states before the projector can be supplied.
         recurrent: Whether layers carry a state along the sequence, so that dropping a token is not the same as
             masking it.
-        logits: How the scores of the head become logits; names that the text configuration lacks are passed over.
+        logits: How the model's own forward turns the scores of the head into logits; most forwards leave them as they
+            are, whatever the text configuration names. Names that it lacks are passed over.
         first_position: Position of a row's first token where the model counts them itself.
         video_placeholder: What stands for a token of a video: ``"own"`` for ``config.video_token_id``, ``"image"``
             for the placeholder of images, so that a batch holds images or videos but not both, ``"span"`` for the
             placeholder of images between ``config.video_start_token_id`` and ``config.video_end_token_id``,
             ``"none"`` where the stock model's videos fail.
+        casts_pixels: Whether its forward gives the encoder pixels in the type of the embeddings, whatever type came.
         carried: More that the encoder returns for the language model, the same for every choice of tokens.
         notes: What a user should know about it, in sentences.
     """
@@ -78,16 +82,17 @@ class Family:
     raster: bool = True
     tower: bool = False
     recurrent: bool = False
-    logits: tuple[Step, ...] = COMMON_LOGITS
+    logits: tuple[Step, ...] = ()
     first_position: int = 0
     video_placeholder: Literal["own", "image", "span", "none"] = "own"
+    casts_pixels: bool = False
     carried: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
 FAMILIES: dict[str, Family] = {
     "aria": Family("AriaForConditionalGeneration", raster=False, notes=(TILES, QUERIES)),
-    "aya_vision": Family("AyaVisionForConditionalGeneration", logits=(), notes=(TILES, NO_SCALE, SLIDING)),
+    "aya_vision": Family("AyaVisionForConditionalGeneration", notes=(TILES, NO_SCALE, SLIDING)),
     "chameleon": Family(
         "ChameleonForConditionalGeneration",
         logits=(("mute", "vocabulary_map"),),
@@ -96,8 +101,10 @@ FAMILIES: dict[str, Family] = {
             "Its head gives these words no score, so a loss on them is not for DualSpeed.",
         ),
     ),
-    "cohere2_vision": Family("Cohere2VisionForConditionalGeneration", logits=(), notes=(TILES, NO_SCALE, SLIDING)),
-    "cohere_compass": Family("CohereCompassForConditionalGeneration", notes=(SLIDING,)),
+    "cohere2_vision": Family("Cohere2VisionForConditionalGeneration", notes=(TILES, NO_SCALE, SLIDING)),
+    "cohere_compass": Family(
+        "CohereCompassForConditionalGeneration", logits=(("multiply", "logit_scale"),), notes=(SLIDING,)
+    ),
     "cosmos3_edge": Family("Cosmos3EdgeForConditionalGeneration"),
     "cosmos3_omni": Family("Cosmos3OmniForConditionalGeneration"),
     "deepseek_ocr2": Family(
@@ -117,7 +124,7 @@ FAMILIES: dict[str, Family] = {
             "Full layers look at the index_topk best places (2048): in longer sequences dropping a token makes room "
             "for another.",
             SLIDING,
-            "Audio tokens are not pruned.",
+            SOUND,
         ),
     ),
     "emu3": Family(
@@ -139,18 +146,18 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma3": Family(
         "Gemma3ForConditionalGeneration",
-        logits=(),
         notes=(BLOCKS, SLIDING, NO_CAP),
     ),
-    "gemma3n": Family("Gemma3nForConditionalGeneration", notes=(SLIDING, TIMM_MAP, "Audio tokens are not pruned.")),
-    "gemma4": Family("Gemma4ForConditionalGeneration", notes=(BLOCKS, SLIDING, "Audio tokens are not pruned.")),
+    "gemma3n": Family("Gemma3nForConditionalGeneration", logits=CAPPED, notes=(SLIDING, TIMM_MAP, SOUND, NO_BLANK)),
+    "gemma4": Family("Gemma4ForConditionalGeneration", logits=CAPPED, notes=(BLOCKS, SLIDING, SOUND)),
     "gemma4_unified": Family(
         "Gemma4UnifiedForConditionalGeneration",
+        logits=CAPPED,
         notes=(
             "There is no vision tower: visual tokens are projected patches.",
             BLOCKS,
             SLIDING,
-            "Audio tokens are not pruned.",
+            SOUND,
         ),
     ),
     "glm46v": Family("Glm46VForConditionalGeneration", video_placeholder="image", notes=(ONE_KIND,)),
@@ -161,16 +168,18 @@ FAMILIES: dict[str, Family] = {
     ),
     "glm_ocr": Family("GlmOcrForConditionalGeneration", video_placeholder="image", notes=(ONE_KIND,)),
     "glmga": Family("Glm46VForConditionalGeneration", video_placeholder="image", notes=(ONE_KIND,)),
-    "got_ocr2": Family("GotOcr2ForConditionalGeneration", notes=(TILES,)),
+    "got_ocr2": Family("GotOcr2ForConditionalGeneration", casts_pixels=True, notes=(TILES,)),
     "granite4_vision": Family(
         "Granite4VisionForConditionalGeneration",
         tiles="packed",
         features="deepstack_features",
+        logits=DIVIDED,
         notes=("Features enter at several layers of the language model; the pruner sees those of the first.",),
     ),
     "granite_docling": Family(
         "GraniteDoclingForConditionalGeneration",
         tiles="square",
+        logits=DIVIDED,
         notes=(
             "Features enter at several layers of the language model; the pruner sees those of the first.",
             "The loss of its density router (router_labels) is not part of DualSpeed's loss.",
@@ -185,7 +194,7 @@ FAMILIES: dict[str, Family] = {
     "inkling2": Family(
         "Inkling2ForConditionalGeneration",
         recurrent=True,
-        logits=(("cap", "final_logit_softcapping"), ("first", "unpadded_vocab_size")),
+        logits=(*CAPPED, ("first", "unpadded_vocab_size")),
         notes=(CONVOLUTION, SLIDING, DISTANCES),
     ),
     "inkling_mm_model": Family(
@@ -198,7 +207,7 @@ FAMILIES: dict[str, Family] = {
             SLIDING,
             DISTANCES,
             "Only the text tells where an image ends, so placeholders side by side are taken for one image.",
-            "Audio tokens are not pruned.",
+            SOUND,
         ),
     ),
     "internvl": Family("InternVLForConditionalGeneration", notes=(TILES,)),
@@ -248,6 +257,7 @@ FAMILIES: dict[str, Family] = {
     "mistral3": Family("Mistral3ForConditionalGeneration", notes=(LINES,)),
     "mistral_large4": Family(
         "MistralLarge4ForConditionalGeneration",
+        logits=CAPPED,
         notes=(
             LINES,
             "Layers look at the index_topk best places (2048): in longer sequences dropping a token makes room for "
@@ -257,12 +267,10 @@ FAMILIES: dict[str, Family] = {
     "molmo2": Family(
         "Molmo2ForConditionalGeneration",
         video_placeholder="image",
-        notes=(ONE_KIND, "The small view and the large view of an image are pruned each by itself."),
+        notes=(ONE_KIND, "The small view and the large view of an image are pruned each by itself.", NO_BLANK),
     ),
     "muse_glimmer": Family("MuseGlimmerForConditionalGeneration", logits=MUSE_LOGITS, notes=(SLIDING,)),
-    "muse_spark": Family(
-        "MuseSparkForConditionalGeneration", logits=MUSE_LOGITS, notes=(SLIDING, "Audio tokens are not pruned.")
-    ),
+    "muse_spark": Family("MuseSparkForConditionalGeneration", logits=MUSE_LOGITS, notes=(SLIDING, SOUND)),
     "nemotron_h_omni": Family(
         "NemotronH_Omni_Reasoning_V3",
         recurrent=True,
@@ -271,7 +279,7 @@ FAMILIES: dict[str, Family] = {
             "Mamba layers carry a state along the sequence: dropping a token is not the same as masking it.",
             "Images only: in transformers 5.23 the stock model fails on videos, since its forward concatenates "
             "(torch.cat) the one tensor that get_video_features returns.",
-            "Audio tokens are not pruned.",
+            SOUND,
         ),
     ),
     "ovis2": Family(
@@ -282,6 +290,7 @@ FAMILIES: dict[str, Family] = {
     "paddleocr_vl": Family("PaddleOCRVLForConditionalGeneration"),
     "paligemma": Family(
         "PaliGemmaForConditionalGeneration",
+        logits=CAPPED,
         first_position=1,
         notes=(
             "Image and question see each other in both directions, also what is kept of the image.",
@@ -290,7 +299,7 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "perception_lm": Family("PerceptionLMForConditionalGeneration", notes=(TILES, TIMM)),
-    "pp_chart2table": Family("GotOcr2ForConditionalGeneration"),
+    "pp_chart2table": Family("GotOcr2ForConditionalGeneration", casts_pixels=True),
     "qianfan_ocr": Family("QianfanOCRForConditionalGeneration", notes=(TILES,)),
     "qwen2_5_omni_thinker": Family("Qwen2_5OmniThinkerForConditionalGeneration", notes=(SOUND,)),
     "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration"),
@@ -318,7 +327,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "video_llava": Family(
         "VideoLlavaForConditionalGeneration",
-        notes=("Videos keep the class token of every frame, so pruners that need a grid cannot be used on them.",),
+        notes=(
+            "Videos keep the class token of every frame: grid_pool pools neighbours in the order of the tokens there, "
+            "which are no squares of the picture.",
+        ),
     ),
     "vipllava": Family("VipLlavaForConditionalGeneration"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import Any
 
 import torch
@@ -25,14 +26,26 @@ def frame_tiles(vision: Any, arguments: dict[str, Any], entries: list[Tensor]) -
         counts = _frame_counts(arguments, len(entries))
         return [_equal_frames(entry, count) for entry, count in zip(entries, counts, strict=True)]
     merges = arguments.get("video_merge_sizes")
-    common = int(getattr(vision, "spatial_merge_size", 1))
-    sides = [common] * len(entries) if merges is None else [int(side) for side in merges.tolist()]
-    found = []
-    for (frames, rows, columns), side, entry in zip(grids.tolist(), sides, entries, strict=True):
+    common = getattr(vision, "spatial_merge_size", None)
+    sides = [common] * len(entries) if merges is None else merges.tolist()
+    return [
+        _grid_frames(entry, tuple(grid), side) for grid, side, entry in zip(grids.tolist(), sides, entries, strict=True)
+    ]
+
+
+def _grid_frames(entry: Tensor, grid: tuple[int, int, int], side: int | None) -> list[int]:
+    """Tokens of each frame of a video with as many frames, rows and columns of patches; `side` of them merged."""
+    frames, rows, columns = grid
+    size, rest = divmod(entry.shape[0], frames)
+    patches, uneven = divmod(rows * columns, max(1, size))
+    if rest == uneven == 0 and isqrt(patches) ** 2 == patches:  # squares of patches make a token
+        return [size] * frames
+    if side is not None:
         size = rows * columns // side**2
         whole, rest = divmod(entry.shape[0], max(1, size))
-        found.append([size] * whole if rest == 0 else _equal_frames(entry, frames))
-    return found
+        if rest == 0:  # several frames make one
+            return [size] * whole
+    return _equal_frames(entry, frames)
 
 
 def drop_masked(output: Any, tiles: list[list[int]], keep: Tensor) -> tuple[Any, list[list[int]]]:

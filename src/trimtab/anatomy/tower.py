@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from trimtab.anatomy.families import Host
-from trimtab.errors import SettingError
 from trimtab.ops.similarity import full_float32
 from trimtab.shapes import Tensor
 
@@ -30,18 +29,15 @@ def observe_tower(host: Host, needs: frozenset[str]) -> Iterator[Observed]:
     (token_reduction sheet, section 2). A tower without class token gives the mean over all queries instead.
 
     Args:
-        host: The opened model; its family must have an observable tower.
+        host: The opened model; its family must have an observable tower, and for attention and keys no `block_trouble`.
         needs: Subset of ``hidden``, ``cls_attention``, ``keys``.
 
     Yields:
         A dict that is filled when the tower has run.
-
-    Raises:
-        SettingError: The features come from several layers, or from before the first block.
     """
     observed: Observed = {}
     caught: dict[str, Tensor] = {}
-    attention = _attention_block(host)
+    attention = _attention_block(host) if needs & {"cls_attention", "keys"} else None
     first = 1 if host.model.config.vision_feature_select_strategy == "default" else 0
     has_class = any(name.endswith("class_embedding") for name, _ in host.base.vision_tower.named_parameters())
 
@@ -65,20 +61,28 @@ def observe_tower(host: Host, needs: frozenset[str]) -> Iterator[Observed]:
             remover.remove()
 
 
-def _attention_block(host: Host) -> Any:
-    layer = host.model.config.vision_feature_layer
-    blocks = [
+def block_trouble(host: Host) -> str:
+    """Say why attention and keys cannot be observed in an observable tower, or return nothing where they can."""
+    layer, count = host.model.config.vision_feature_layer, len(_blocks(host))
+    if isinstance(layer, int) and layer != 0 and -count <= layer <= count:
+        return ""
+    return (
+        f"vision_feature_layer={layer!r}: attention and keys can be observed where the features come from one block of "
+        f"the vision tower (1..{count} or -{count}..-1). "
+    )
+
+
+def _blocks(host: Host) -> list[Any]:
+    return [
         module
         for module in host.base.vision_tower.modules()
         if isinstance(getattr(module, "q_proj", None), nn.Module)
         and isinstance(getattr(module, "k_proj", None), nn.Module)
     ]
-    if not isinstance(layer, int) or layer == 0 or not -len(blocks) <= layer <= len(blocks):
-        raise SettingError(
-            f"vision_feature_layer={layer!r}: attention and keys can be observed where the features come from one "
-            f"block of the vision tower (1..{len(blocks)} or -{len(blocks)}..-1). Choose a pruner that needs features "
-            "only, such as 'divprune'."
-        )
+
+
+def _attention_block(host: Host) -> Any:
+    layer, blocks = host.model.config.vision_feature_layer, _blocks(host)
     # Layer i > 0 is the output of block i - 1; layer -1 is the output of the last block.
     return blocks[layer - 1] if layer > 0 else blocks[layer]
 

@@ -103,6 +103,40 @@ def waiting(step_seconds: float, data_seconds: float, workers: int) -> float:
     return data_seconds if workers == 0 else max(0.0, data_seconds / workers - step_seconds)
 
 
+def times_faster(speedup: float) -> str:
+    """Say a ratio of speeds in words: "2.43 times faster", or "1.32 times slower" for 0.76."""
+    return f"{speedup:.2f} times faster" if round(speedup, 2) >= 1 else f"{1 / speedup:.2f} times slower"
+
+
+def advice_on_counts(speedup: float, *, visual_share: float, reduction: float) -> list[str]:
+    """Say what keeps DualSpeed from helping as far as counts of tokens tell, no step timed.
+
+    Args:
+        speedup: Gain to expect.
+        visual_share: Share of visual tokens in the full sequence.
+        reduction: Visual tokens of a fast step, isolator included, over those of a full one.
+
+    Returns:
+        Sentences, none where nothing stands in the way.
+    """
+    found = []
+    if visual_share < 0.5:
+        found.append(
+            f"Text makes up {1 - visual_share:.0%} of the sequence and stays whole: at most the visual "
+            f"{visual_share:.0%} can be dropped."
+        )
+    if reduction > 0.5:
+        found.append(
+            f"A fast step keeps {reduction:.0%} of the visual tokens, isolator included: the images are so small, or "
+            "keep_ratio so high, that little is dropped."
+        )
+    if round(speedup, 2) < 1:
+        found.append(f"DualSpeed would be {times_faster(speedup)} than plain training here: train plainly.")
+    elif speedup < LITTLE:
+        found.append(f"The gain to expect is below {LITTLE}: plain training is the simpler choice here.")
+    return found
+
+
 def advice(
     gain: Gain,
     steps: Mapping[str, StepParts],
@@ -153,19 +187,7 @@ def advice(
         found.append(
             f"The optimizer takes {update:.0%} of a fast step's computing: train fewer weights (lora, freeze)."
         )
-    if visual_share < 0.5:
-        found.append(
-            f"Text makes up {1 - visual_share:.0%} of the sequence and stays whole: at most the visual "
-            f"{visual_share:.0%} can be dropped."
-        )
-    if reduction > 0.5:
-        found.append(
-            f"A fast step keeps {reduction:.0%} of the visual tokens, isolator included: the images are so small, or "
-            "keep_ratio so high, that little is dropped."
-        )
-    if gain.speedup < LITTLE:
-        found.append(f"The gain to expect is below {LITTLE}: plain training is the simpler choice here.")
-    return found
+    return [*found, *advice_on_counts(gain.speedup, visual_share=visual_share, reduction=reduction)]
 
 
 def _shares(step: StepParts, data_seconds: float, workers: int) -> dict[str, float]:

@@ -36,12 +36,17 @@ def add_to(app: typer.Typer) -> None:
 def _load(context: typer.Context, config: Path | None) -> RunConfig:
     from trimtab.run.config import load_config
 
+    return load_config(*_run_file(context, config))
+
+
+def _run_file(context: typer.Context, config: Path | None) -> tuple[Path, list[str]]:
+    """Return the run file, and what stands on the command line behind it."""
     rest = list(context.args)
     if config is None:
         if not rest or rest[0].startswith("-"):
             raise SettingError(f"{context.command_path} needs a run file: {context.command_path} --config run.yaml")
         config = Path(rest.pop(0))
-    return load_config(config, rest)
+    return config, rest
 
 
 def train(context: typer.Context, config: Path = CONFIG, as_json: bool = JSON) -> None:
@@ -65,19 +70,22 @@ def evaluate(
     context: typer.Context,
     config: Path = CONFIG,
     checkpoint: Path = typer.Option(None, help="Directory of the model; output_dir of the run file by default."),
-    pruned: bool = typer.Option(False, "--pruned", help="Ask a second time with pruned visual tokens."),
+    pruned: bool = typer.Option(False, "--pruned", help="Ask again, tokens pruned as in the training."),
     limit: int = typer.Option(None, min=1, help="Ask the first rows only."),
     batch_size: int = typer.Option(16, min=1, help="Questions per batch."),
     max_new_tokens: int = typer.Option(32, min=1, help="Tokens per answer at most."),
     as_json: bool = JSON,
 ) -> None:
     """Ask the questions of `eval_files` and count exact matches, on full visual tokens."""
+    from trimtab.run.config import load_config, parse_overrides
     from trimtab.run.evaluate import evaluate as run
 
-    settings = _load(context, config)
+    file, rest = _run_file(context, config)
+    settings = load_config(file, rest)
+    explicit = [name.split(".")[1] for name in parse_overrides(rest) if name.startswith("dualspeed.")]
     with show.only_json(as_json), show.progress_bar("rows") as progress:
         record = run(
-            settings, checkpoint, pruned=pruned, limit=limit, batch_size=batch_size,
+            settings, checkpoint, pruned=pruned, explicit=explicit, limit=limit, batch_size=batch_size,
             max_new_tokens=max_new_tokens, progress=progress,
         )  # fmt: skip
     if as_json:
@@ -86,6 +94,8 @@ def evaluate(
     columns = ("visual tokens", "accuracy", "95 % from", "to", "questions")
     rows = [(name, r["accuracy"], *r["interval"], r["number"]) for name, r in record["results"].items()]
     show.print_table("Exact match", columns, rows)
+    if record["settings"].get("isolator") is False:
+        print("No isolator stands in front of the pruned images: the directory holds none, or isolator_tokens is 0.")
 
 
 def check(
@@ -106,7 +116,9 @@ def check(
     else:
         show.print_settings("Check", record["results"]["summary"])
         for problem in record["results"]["problems"]:
-            print(f"row {problem['row']}: {problem['message']}")
+            print(problem["message"])
+        for problem in record["results"]["skipped"]:
+            print(f"will be skipped: {problem['message']}")
         for sentence in record["results"]["advice"]:
             print(f"- {sentence}")
     if record["results"]["problems"] or not record["results"]["supported"]:
@@ -127,6 +139,7 @@ def bench(
     if config is None and context.args[:1] == ["pruners"]:
         _bench_pruners(context.args[1:], as_json)
         return
+    from trimtab.bench import times_faster
     from trimtab.run.bench import bench as run
 
     settings = _load(context, config)
@@ -135,10 +148,10 @@ def bench(
     if as_json:
         show.print_json(record)
         return
-    columns = ("mode", "seconds per step", "times faster than plain", "tokens", "visual tokens", "peak MiB")
+    columns = ("mode", "seconds per step", "speed (plain is 1)", "tokens", "visual tokens", "peak MiB")
     rows = [tuple(mode.values()) for mode in record["results"]["modes"]]
     show.print_table("Time per step", columns, rows)
-    print(f"DualSpeed as set: {record['results']['dualspeed_speedup']:.2f} times faster per step than plain training.")
+    print(f"DualSpeed as set: {times_faster(record['results']['dualspeed_speedup'])} per step than plain training.")
 
 
 def _bench_pruners(arguments: list[str], as_json: bool) -> None:

@@ -152,7 +152,8 @@ class SupervisedCollator:
             return
         raise DataError(
             f"{names[empty[0]]} has no supervised token left (train_on={self.train_on!r}, "
-            f"max_length={self.max_length}). Raise max_length, leave the row out, or set empty_labels='count'."
+            f"max_length={self.max_length}). Raise max_length or leave the row out; a collator of your own may count "
+            "such rows with empty_labels='count'."
         )
 
 

@@ -110,8 +110,9 @@ def validate_rows(
         look.at(place)
         if progress is not None:
             progress(done, total)
-    last = source.number(places[total - 1]) if total else 0
-    broken = [row for row in source.broken if limit is None or row[0] < last]
+    broken = source.broken
+    if total < len(places):  # behind the last row looked at, lines are left out like rows
+        broken = [row for row in broken if row[0] < source.number(places[total - 1])]
     return look.report(total, broken)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trimtab.dualspeed.attach import DualSpeedHandle, attach
+from trimtab.dualspeed.attach import DualSpeedHandle, attach, detach
 from trimtab.dualspeed.config import DualSpeedConfig
 from trimtab.dualspeed.inference import PrunedInference, prune_for_inference
 from trimtab.dualspeed.schedule import Mode, mode_of_step
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from trimtab.dualspeed.callback import DualSpeedCallback
 
 __all__ = [
-    "DualSpeedCallback", "DualSpeedConfig", "DualSpeedHandle", "Mode", "PrunedInference", "attach", "mode_of_step",
-    "prune_for_inference", "with_dualspeed",
+    "DualSpeedCallback", "DualSpeedConfig", "DualSpeedHandle", "Mode", "PrunedInference", "attach", "detach",
+    "mode_of_step", "prune_for_inference", "with_dualspeed",
 ]  # fmt: skip
 
 

@@ -7,11 +7,10 @@ a hook after it computes the loss where labels are. In evaluation mode the hooks
 from __future__ import annotations
 
 import contextlib
-import logging
+import sys
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,11 +25,11 @@ from trimtab.anatomy import (
 from trimtab.anatomy.assemble import RowLayout
 from trimtab.anatomy.blank import encode_blank
 from trimtab.anatomy.encode import EncodedImages
-from trimtab.dualspeed.config import DualSpeedConfig
-from trimtab.dualspeed.isolator import ModeIsolator
+from trimtab.dualspeed.checks import advise, changed_settings, refuse_device_map, refuse_inputs
+from trimtab.dualspeed.config import DualSpeedConfig, require_config
+from trimtab.dualspeed.isolator import ModeIsolator, fresh_isolator
 from trimtab.dualspeed.metrics import StepMetrics
 from trimtab.dualspeed.ranks import (
-    SharedStep,
     inside_forward,
     needs_lockstep,
     process_count,
@@ -40,13 +39,9 @@ from trimtab.dualspeed.ranks import (
     touch,
 )
 from trimtab.dualspeed.schedule import Mode, mode_of_step
+from trimtab.dualspeed.step import Step, at_least_one, loss_per_label
 from trimtab.dualspeed.view import FastView, by_name
-from trimtab.errors import (
-    SettingError,
-    TrimtabWarning,
-    WrongOrderError,
-    setting_error,
-)
+from trimtab.errors import DataError, SettingError, TrimtabWarning, WrongOrderError, setting_error
 from trimtab.files import read_json, write_json_atomic
 from trimtab.ops.label_head import IGNORED, label_losses, states_at_labels
 from trimtab.shapes import Tensor
@@ -54,42 +49,23 @@ from trimtab.shapes import Tensor
 SIDE_FILE = "dualspeed.json"
 ISOLATOR = "dualspeed_isolator"
 
-logger = logging.getLogger("trimtab")
-_attached: weakref.WeakSet[Any] = weakref.WeakSet()
 
-
-@dataclass
-class _Step:
-    """What one training step carries from the hook before the forward to the hook after it."""
-
-    mode: Mode
-    labels: Tensor | None = None
-    items: Tensor | int | None = None
-    teacher: Tensor | None = None
-    student: Tensor | None = None
-    tokens_full: int | None = None
-    tokens_kept: int | None = None
-    shared: SharedStep | None = None
-    pace: Any = None
-    """Hook on the embeddings that has to go after the forward."""
-    as_tuple: bool = False
-    catching: bool = False
-
-
-def attach(model: Any, config: DualSpeedConfig, *, accumulation_steps: int = 1) -> DualSpeedHandle:
+def attach(model: Any, config: DualSpeedConfig | Mapping[str, Any], *, accumulation_steps: int = 1) -> DualSpeedHandle:
     """Make the training steps of a model fast or slow; everything else about it stays.
 
     From now on ``model(**batch)`` in training mode, with images and labels, returns the DualSpeed loss: cross-entropy
     on pruned tokens in fast steps; on all tokens, plus the KL divergence from the pruned view, in slow ones. A
     frozen language model (the alignment stage) takes fast steps only. The isolator becomes a parameter of the model,
-    so build the optimizer afterwards. Steps are counted in forward calls with gradients.
+    so build the optimizer afterwards. Steps are counted in forward calls with gradients; without them (``no_grad``)
+    the model does in training mode what it does without DualSpeed, on full images.
 
     Args:
         model: A vision-language model of transformers (``trimtab.check_model`` says which), also inside PEFT, and
             before or after ``torch.compile``.
-        config: The settings.
+        config: The settings, also as a mapping of the fields.
         accumulation_steps: Forward calls per optimizer step, at least 1, so that all of one update share a mode
-            (``schedule_unit="optimizer"``).
+            (``schedule_unit="optimizer"``). Inside ``accelerator.accumulate`` with as many steps and a prepared loader,
+            the shorter update at the end of an epoch counts as one too.
 
     Returns:
         The handle: metrics, side files, and the way back (`DualSpeedHandle.detach`).
@@ -99,6 +75,7 @@ def attach(model: Any, config: DualSpeedConfig, *, accumulation_steps: int = 1) 
         SettingError: A setting that this model or this call cannot meet.
         WrongOrderError: DualSpeed is attached to the model already.
     """
+    config = require_config(config, "attach", "config")
     if config.schedule == "annealed" and config.total_steps is None:
         raise setting_error(
             "DualSpeedConfig", "total_steps", "the number of steps of the run with schedule='annealed'", None,
@@ -108,6 +85,29 @@ def attach(model: Any, config: DualSpeedConfig, *, accumulation_steps: int = 1) 
         raise setting_error("attach", "accumulation_steps", "at least 1", accumulation_steps)
     # What torch.compile returns calls the model itself, with its hooks.
     return DualSpeedHandle(getattr(model, "_orig_mod", model), config, accumulation_steps)
+
+
+def detach(model: Any) -> None:
+    """Take DualSpeed off a model whose handle is lost, or off a deep copy of a model that has it.
+
+    The same as `DualSpeedHandle.detach`; does nothing where DualSpeed is not attached.
+
+    Args:
+        model: The model, or one around it.
+    """
+    handle = _handle_of(model)
+    if handle is not None:
+        handle.detach()
+
+
+def _handle_of(model: Any) -> DualSpeedHandle | None:
+    """Return the handle whose hooks a model or a part of it has; in a deep copy they are those of a copied handle."""
+    for module in model.modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, DualSpeedHandle):
+                return owner
+    return None
 
 
 class DualSpeedHandle:
@@ -125,11 +125,13 @@ class DualSpeedHandle:
     """
 
     def __init__(self, model: Any, config: DualSpeedConfig, accumulation_steps: int = 1) -> None:
-        if model in _attached:
+        if _handle_of(model) is not None:
             raise WrongOrderError(
-                f"DualSpeed is attached to this {type(model).__name__} already. Call detach() on its handle first."
+                f"DualSpeed is attached to this {type(model).__name__} already, perhaps as a copy of a model that had "
+                "it. Call detach() on the handle first (trainer.dualspeed of a Trainer), or trimtab.detach(model)."
             )
         self._host = open_host(model)
+        refuse_device_map(self._host.model)
         refuse_sharded(model)
         self._view = FastView(self._host, config)
         self._model = model
@@ -137,19 +139,27 @@ class DualSpeedHandle:
         self._length_open = config.total_steps is None
         self.accumulation_steps = accumulation_steps
         self.optimizer_step: Callable[[], int] | None = None
-        self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = lambda: _forward_autocast(model)
+        self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = self._forward_autocast
         self.micro_step = 0
+        self._skipped = 0
+        """Forward calls that were left out of updates which ended early."""
         self.isolator = self._make_isolator()
         self._metrics = StepMetrics()
-        self._step: _Step | None = None
+        self._step: Step | None = None
         self._forced: Mode | None = None
         self.rank_facts: Callable[[], Mapping[str, Any]] = dict
         self._ranks_agree = False
         self._lockstep = False
         self._warned_labels = False
-        self._removers: list[Any] = []
-        self._advise()
+        self._hooks: list[Any] = []
+        self._ignored: Any = None
+        advise(config, self._host.decoder_trains, self.isolator)
         self._install()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model still has the hooks."""
+        return bool(self._hooks)
 
     @property
     def image_token_ids(self) -> tuple[int, ...]:
@@ -191,7 +201,8 @@ class DualSpeedHandle:
             return "fast"
         unit = self.micro_step
         if self.config.schedule_unit == "optimizer":
-            unit = self.optimizer_step() if self.optimizer_step else self.micro_step // self.accumulation_steps
+            counted = (self.micro_step + self._skipped) // self.accumulation_steps
+            unit = self.optimizer_step() if self.optimizer_step else counted
         return mode_of_step(
             unit,
             kind=self.config.schedule,
@@ -231,12 +242,13 @@ class DualSpeedHandle:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside weights and optimizer; plain numbers and strings."""
-        return {"micro_step": self.micro_step, "steps": dict(self._metrics.steps), "config": self.config.to_dict()}
+        counts = {"micro_step": self.micro_step, "skipped": self._skipped}
+        return {**counts, "steps": dict(self._metrics.steps), "config": self.config.to_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self._ranks_agree = False
-        self.micro_step = int(state["micro_step"])
+        self.micro_step, self._skipped = int(state["micro_step"]), int(state.get("skipped", 0))
         self._metrics.steps.update(state["steps"])
 
     def save_pretrained(self, folder: str | Path, *, write: bool = True) -> None:
@@ -260,13 +272,20 @@ class DualSpeedHandle:
         """Continue from the side files of an earlier `save_pretrained`.
 
         Raises:
-            OutputError: A file is missing.
+            DataError: There is no ``dualspeed.json``.
+            OutputError: There is no isolator.
             SettingError: The isolator has another shape.
 
         Warns:
             TrimtabWarning: Other settings differ from those of the side files.
         """
         source = Path(folder)
+        if not (source / SIDE_FILE).is_file():
+            raise DataError(
+                f"There is no {SIDE_FILE} in {source}: the checkpoint is of a run without DualSpeed, or the folder was "
+                "lost. To go on from its weights, load the model from the checkpoint (from_pretrained) and start a new "
+                "training without resume_from_checkpoint."
+            )
         state = read_json(source / SIDE_FILE)
         stored = DualSpeedConfig.from_dict(state["config"])
         if stored.isolator_tokens != self.config.isolator_tokens:
@@ -274,7 +293,7 @@ class DualSpeedHandle:
                 f"{source} was written with isolator_tokens={stored.isolator_tokens}, but this run has "
                 f"isolator_tokens={self.config.isolator_tokens}. Resume with the settings of the first run."
             )
-        changed = _changed_settings(stored, self.config)
+        changed = changed_settings(stored, self.config)
         if changed:
             warnings.warn(
                 f"{source} was written with other settings: {', '.join(changed)}. The run goes on with the new "
@@ -288,11 +307,19 @@ class DualSpeedHandle:
 
     def detach(self) -> None:
         """Remove hooks and isolator; the model is then as before. Calling it again does nothing."""
-        for remover in self._removers:
-            remover()
-        self._removers.clear()
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
         self._end_step()
-        _attached.discard(self._model)
+        if self.isolator is None:
+            return
+        self._model._modules.pop(ISOLATOR, None)
+        if self._ignored is _Absent:
+            vars(self._model).pop("_keys_to_ignore_on_save", None)
+        elif hasattr(self._model, "_keys_to_ignore_on_save"):
+            self._model._keys_to_ignore_on_save = self._ignored
 
     # hooks ------------------------------------------------------------------------------------------------------
 
@@ -305,9 +332,9 @@ class DualSpeedHandle:
         inputs = by_name(self._host, args, kwargs)
         if self.config.prunes_nothing and self._forced != "slow":
             if torch.is_grad_enabled() and inputs.get("labels") is not None:
-                self._step = _Step("fast")
+                self._step = Step("fast", labels=inputs["labels"], items=inputs.get("num_items_in_batch"))
             return None
-        self._refuse(inputs)
+        refuse_inputs(inputs, self.isolator)
         if not torch.is_grad_enabled():
             return None
         mode = self.next_mode()
@@ -328,25 +355,36 @@ class DualSpeedHandle:
         step = self._end_step()
         if step is None:
             return None
-        self.micro_step += 1
+        self._count_call()
         if step.student is None or step.labels is None:
-            self._metrics.note(step.mode, None, None, output["loss"] if isinstance(output, dict) else output[0], None)
+            self._metrics.note(step.mode, None, None, loss_per_label(step, output), None)
             return None
-        loss = self._loss(step)
+        loss = self._loss(step, self._router_loss(output))
         rest = {name: value for name, value in output.items() if name not in ("loss", "logits")}
         result = type(output)(loss=loss, **rest)
         return result.to_tuple() if step.as_tuple else result
 
-    def _end_step(self) -> _Step | None:
+    def _count_call(self) -> None:
+        """Count a forward call, and those that an update lacks which accelerate ends early with the epoch."""
+        self.micro_step += 1
+        # In a loop without accelerate it is not imported, or no loader of its is at its end.
+        accelerate = sys.modules.get("accelerate.state")
+        if accelerate is None:
+            return
+        state = accelerate.GradientState()
+        if state.end_of_dataloader and state.sync_gradients and state.num_steps == self.accumulation_steps:
+            self._skipped += -(self.micro_step + self._skipped) % self.accumulation_steps
+
+    def _end_step(self) -> Step | None:
         """Forget the step between the two hooks, also one whose forward did not come to its end, and return it."""
         step, self._step = self._step, None
         if step is not None and step.pace is not None:
             step.pace.remove()
         return step
 
-    def _prepare(self, mode: Mode, inputs: dict[str, Any]) -> tuple[_Step, dict[str, Any]]:
+    def _prepare(self, mode: Mode, inputs: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
         """Turn the user's arguments into those of the step's student, and run the teacher of a slow step."""
-        step = _Step(mode, items=inputs.pop("num_items_in_batch", None), tokens_full=0, tokens_kept=0)
+        step = Step(mode, items=inputs.pop("num_items_in_batch", None), tokens_full=0, tokens_kept=0)
         step.as_tuple = inputs.pop("return_dict", None) is False
         inputs.setdefault("use_cache", False)
         if "logits_to_keep" in self._host.forward_names:
@@ -373,7 +411,7 @@ class DualSpeedHandle:
         step.labels = student["labels"]
         return step, {**student, "labels": None}
 
-    def _keep_pace(self, step: _Step, inputs: dict[str, Any]) -> None:
+    def _keep_pace(self, step: Step, inputs: dict[str, Any]) -> None:
         """Call the modules that other processes call for their images, though this batch has none."""
         embeddings = self._host.model.get_input_embeddings()
         blank = encode_blank(self._host, inputs["input_ids"].device)
@@ -410,7 +448,13 @@ class DualSpeedHandle:
         torch.clear_autocast_cache()
         return states
 
-    def _loss(self, step: _Step) -> Tensor:
+    def _router_loss(self, output: Any) -> Tensor | None:
+        """Return the balancing loss of a mixture of experts with its weight, or None where it is not asked for."""
+        weight = getattr(self._host.model.config.get_text_config(), "router_aux_loss_coef", None)
+        found: Tensor | None = output.get("aux_loss")
+        return None if found is None or weight is None else weight * found
+
+    def _loss(self, step: Step, router: Tensor | None) -> Tensor:
         assert step.labels is not None and step.student is not None  # noqa: PT018, set by _prepare and _catch
         states, labels = states_at_labels(step.student, step.labels)
         config, count = self.config, labels.shape[0]
@@ -441,7 +485,10 @@ class DualSpeedHandle:
         total = ce_sum
         if step.teacher is not None:
             total = total + config.kl_weight * config.temperature**2 * kl_sum
-        loss = total / _at_least_one(count if step.items is None else step.items)
+        if router is not None:
+            # Of an update each micro-batch gives the share that it has in the labels.
+            total = total + count * router.to(total.device)
+        loss = total / at_least_one(count if step.items is None else step.items)
         loss = self._reach_every_part(loss)
         mean = max(count, 1)
         kl = None if step.teacher is None else kl_sum / mean
@@ -479,32 +526,6 @@ class DualSpeedHandle:
         first = layout.real & (layout.real.cumsum(1) == 1)
         return labels.masked_fill(layout.placeholder | ~layout.real | first, IGNORED)
 
-    def _refuse(self, inputs: dict[str, Any]) -> None:
-        if inputs.get("past_key_values") is not None:
-            raise WrongOrderError(
-                "past_key_values came in training mode, as generate() gives them. Call model.eval() before generate(): "
-                "DualSpeed then leaves the model alone."
-            )
-        if not torch.is_grad_enabled():
-            return
-        if inputs.get("mm_encoder_outputs") is not None:
-            raise SettingError(
-                "mm_encoder_outputs came in training mode, but DualSpeed encodes the images itself. Give pixel_values."
-            )
-        if inputs.get("input_ids") is None:
-            raise SettingError("input_ids must be given in training: DualSpeed finds the image placeholders in them.")
-        if inputs.get("labels") is None:
-            raise SettingError(
-                "labels must be given in training: DualSpeed computes the loss at them. Give labels, or call "
-                "model.eval() for a forward without loss."
-            )
-        if self.isolator is not None and not self.isolator.rows.requires_grad:
-            raise SettingError(
-                "The isolator is frozen (requires_grad is False), so the model cannot learn to tell the modes apart. "
-                f"Call attach after get_peft_model or after freezing, or name {ISOLATOR!r} among the trainable modules "
-                "(modules_to_save of PEFT)."
-            )
-
     def _check_ranks(self, mode: Mode) -> None:
         """Before the first step, make sure that every process would do the same."""
         if self._ranks_agree:
@@ -520,75 +541,35 @@ class DualSpeedHandle:
         config = self.config
         if config.isolator_tokens == 0:
             return None
-        weight = self._host.model.get_input_embeddings().weight
-        # Embeddings may be packed (4 or 8 bits); what comes out of them is of the type that the model computes in.
-        dtype = weight.dtype if weight.is_floating_point() else self._host.model.dtype
-        isolator = ModeIsolator(config.isolator_tokens, self._host.width, config.seed, weight.device, dtype)
+        isolator = fresh_isolator(self._host, config.isolator_tokens, config.seed)
         if config.isolator_from is not None:
             isolator.load(Path(config.isolator_from))
         return isolator
 
-    def _advise(self) -> None:
-        if self.config.prunes_nothing or not self._host.decoder_trains:
-            return
-        if self.config.slow_ratio == 0:
-            warnings.warn(
-                "slow_ratio=0 trains the language model on pruned images only: on full images the result will suffer "
-                "from the mismatch. Set slow_ratio=0.1, or freeze the language model.",
-                TrimtabWarning,
-                stacklevel=4,
-            )
-        if self.isolator is not None and self.config.isolator_from is None:
-            logger.warning("DualSpeed starts from a fresh isolator; isolator_from takes over that of an earlier stage.")
-
     def _install(self) -> None:
         model = self._model
-        hooks = [
+        self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
             self._host.body.register_forward_hook(self._catch),
         ]
-        self._removers = [hook.remove for hook in hooks]
-        _attached.add(model)
         if self.isolator is None:
             return
         model.add_module(ISOLATOR, self.isolator)
-        self._removers.append(lambda: model._modules.pop(ISOLATOR, None))
         if hasattr(model, "_keys_to_ignore_on_save"):
             # save_pretrained then writes the keys of the stock model only.
-            own = vars(model).get("_keys_to_ignore_on_save", _Absent)
+            self._ignored = vars(model).get("_keys_to_ignore_on_save", _Absent)
             model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), f"{ISOLATOR}.rows"}
-            self._removers.append(lambda: _restore(model, "_keys_to_ignore_on_save", own))
 
+    def _forward_autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the autocast that accelerate puts around the forward of a model it prepares; hooks run outside."""
+        if "_original_forward" not in vars(self._model):
+            return contextlib.nullcontext()
+        from accelerate.utils import get_mixed_precision_context_manager
 
-def _forward_autocast(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """Return the autocast that accelerate puts around the forward of a model that it prepares; hooks run outside."""
-    if "_original_forward" not in vars(model):
-        return contextlib.nullcontext()
-    from accelerate.utils import get_mixed_precision_context_manager
-
-    context: contextlib.AbstractContextManager[Any] = get_mixed_precision_context_manager(native_amp=True)
-    return context
-
-
-def _at_least_one(items: Tensor | int) -> Tensor | int:
-    """Where nothing at all is supervised the sum is 0, and so shall the loss be."""
-    return items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
-
-
-def _changed_settings(stored: DualSpeedConfig, now: DualSpeedConfig) -> list[str]:
-    """Say which settings differ, but for those that only tell where a run began or how long it is."""
-    before, after = stored.to_dict(), now.to_dict()
-    names = [name for name in after if name not in ("isolator_from", "total_steps") and before[name] != after[name]]
-    return [f"{name}={before[name]!r}, now {after[name]!r}" for name in names]
+        context: contextlib.AbstractContextManager[Any] = get_mixed_precision_context_manager(native_amp=True)
+        return context
 
 
 class _Absent:
     """Stands for an attribute that an instance does not have itself."""
-
-
-def _restore(model: Any, name: str, value: Any) -> None:
-    if value is _Absent:
-        vars(model).pop(name, None)
-    else:
-        setattr(model, name, value)

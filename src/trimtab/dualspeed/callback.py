@@ -12,13 +12,14 @@ from transformers import TrainerCallback
 
 from trimtab.data import MaskPlaceholders
 from trimtab.dualspeed.attach import DualSpeedHandle
-from trimtab.dualspeed.config import DualSpeedConfig
+from trimtab.dualspeed.checks import require_in_optimizer
+from trimtab.dualspeed.config import DualSpeedConfig, require_config
 from trimtab.dualspeed.trainer import (
     SIDE_FOLDER,
     load_converted,
     rank_facts,
-    read_config,
     refuse_arguments,
+    require_attached,
     spread_over_updates,
 )
 from trimtab.errors import OutputError, SettingError, TrimtabWarning, WrongOrderError, setting_error
@@ -57,9 +58,7 @@ class DualSpeedCallback(TrainerCallback):
         Raises:
             SettingError: A field is wrong.
         """
-        settings = read_config(config, "DualSpeedCallback", "config")
-        if settings is None:
-            raise setting_error("DualSpeedCallback", "config", "a DualSpeedConfig or a mapping of its fields", config)
+        settings = require_config(config, "DualSpeedCallback", "config")
         self.handle: DualSpeedHandle | None = None
         self._config = settings
         self._resume_from = resume_from
@@ -91,15 +90,18 @@ class DualSpeedCallback(TrainerCallback):
         """Restore a resumed run, and prepare the first step.
 
         Raises:
-            SettingError: The Trainer has made itself a new model, or `resume_from` is another checkpoint.
-            WrongOrderError: The callback came after the Trainer was built.
+            SettingError: The Trainer has made itself a new model, its optimizer lacks the isolator, or `resume_from`
+                is another checkpoint.
+            WrongOrderError: The callback came after the Trainer was built, or DualSpeed was detached.
             OutputError: The checkpoint of a resumed run is not found.
         """
         handle = self._attached()
+        require_attached(handle)
         if not any(part is self._model for part in model.modules()):
             raise SettingError(
                 "The Trainer made a new model (model_init) after DualSpeed was attached. Give it the model itself."
             )
+        require_in_optimizer(handle.isolator, self._model, kwargs.get("optimizer"))
         self._state = state
         rows = getattr(train_dataloader, "dataset", None)
         handle.rank_facts = lambda: rank_facts(args, state, rows, train_dataloader)

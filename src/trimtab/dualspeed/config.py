@@ -118,3 +118,34 @@ class DualSpeedConfig:
             if key not in known:
                 raise SettingError(f"Unknown setting {key!r} of DualSpeedConfig. {near_miss(str(key), known)}")
         return cls(**settings)
+
+
+def read_config(value: DualSpeedConfig | Mapping[str, Any] | None, owner: str, setting: str) -> DualSpeedConfig | None:
+    """Return the settings that a caller gave as such or as a mapping, or None for None.
+
+    Raises:
+        SettingError: Something else came, or a field is wrong.
+    """
+    return (
+        None
+        if value is None
+        else require_config(value, owner, setting, "a DualSpeedConfig, a mapping of its fields, or None")
+    )
+
+
+def require_config(
+    value: DualSpeedConfig | Mapping[str, Any],
+    owner: str,
+    setting: str,
+    allowed: str = "a DualSpeedConfig or a mapping of its fields",
+) -> DualSpeedConfig:
+    """Return the settings that a caller gave as such or as a mapping.
+
+    Raises:
+        SettingError: Something else came, or a field is wrong.
+    """
+    if isinstance(value, DualSpeedConfig):
+        return value
+    if isinstance(value, Mapping):
+        return DualSpeedConfig.from_dict(value)
+    raise setting_error(owner, setting, allowed, value)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from trimtab.anatomy import EncodedImages
+from trimtab.anatomy import EncodedImages, Words
 from trimtab.dualspeed.config import DualSpeedConfig
 from trimtab.errors import SettingError
-from trimtab.pruners import Pruner, PrunerInput, Selection, kept_count
+from trimtab.pruners import Pruner, PrunerInput, Selection, kept_counts
 from trimtab.shapes import Tensor
 
 
@@ -45,25 +45,28 @@ def choose_tokens(
     config: DualSpeedConfig,
     encoded: EncodedImages,
     draw: tuple[int, int],
-    text: tuple[Tensor, Tensor] | None = None,
+    text: Words | None = None,
 ) -> KeptTokens:
     """Let the pruner choose, once for all tiles of one size.
 
     Where the ratio leaves a tile whole nothing is chosen. Newline rows of packed images and videos carry no picture:
-    they are dropped first, and kept only with the whole image or video.
+    they are dropped first, and kept only with the whole image or video. Of a small tile, as of an icon or of a frame
+    that the processor has thinned out, at least one token stays; a block that is too small for the isolator beside its
+    kept tokens stays whole, without isolator.
 
     Args:
         pruner: The pruner.
         config: For `keep_ratio` and `keep_rule`.
         encoded: The images.
         draw: Seed and step, for pruners that draw.
-        text: Embeddings [block, word, width] of the words around each block and which count, or None.
+        text: The words around each block, or None.
 
     Returns:
         The kept tokens, block by block.
 
     Raises:
-        SettingError: The ratio keeps 0 tokens of a tile, or (with `check_features`) a feature is not finite.
+        SettingError: The ratio keeps 0 tokens of every tile, or leaves no block of the batch a place for the isolator,
+            though the model's tiles are all of one size; or (with `check_features`) a feature is not finite.
     """
     if config.check_features:
         _check_finite(encoded)
@@ -86,21 +89,47 @@ def choose_tokens(
 
 
 def _tiles(config: DualSpeedConfig, encoded: EncodedImages) -> list[_Tile]:
-    tiles = []
-    for block, sizes in enumerate(encoded.tiles):
-        start = 0
-        filler = encoded.filler[block]
-        for size in sizes:
-            if size:
-                keep = kept_count(size, config.keep_ratio, config.keep_rule)
-                if keep < size and filler is not None:
-                    keep = min(keep, size - filler[1])
-                tiles.append(_Tile(block, start, size, size if config.pruner == "keep_all" else keep))
-            start += size
-        rest = encoded.blocks[block].shape[0] - start
-        if rest and all(tile.keep == tile.size for tile in tiles if tile.block == block):
-            tiles.append(_Tile(block, start, rest, rest))
+    counts = kept_counts(
+        {size for sizes in encoded.tiles for size in sizes if size},
+        config.keep_ratio,
+        config.keep_rule,
+        any_size=encoded.any_size,
+    )
+    blocks = [_tiles_of(block, counts, config, encoded) for block in range(len(encoded.blocks))]
+    _require_room(config, encoded, blocks)
+    return [tile for tiles in blocks for tile in tiles]
+
+
+def _tiles_of(block: int, counts: dict[int, int], config: DualSpeedConfig, encoded: EncodedImages) -> list[_Tile]:
+    """The tiles of a block and what to keep of each; of a block without room for the isolator everything."""
+    tiles, start, filler, total = [], 0, encoded.filler[block], encoded.blocks[block].shape[0]
+    for size in encoded.tiles[block]:
+        if size:
+            keep = size if config.pruner == "keep_all" else counts[size]
+            if keep < size and filler is not None:
+                keep = min(keep, size - filler[1])
+            tiles.append(_Tile(block, start, size, keep))
+        start += size
+    if sum(tile.keep for tile in tiles) + config.isolator_tokens > total:
+        tiles = [replace(tile, keep=tile.size) for tile in tiles]
+    if start < total and all(tile.keep == tile.size for tile in tiles):
+        tiles.append(_Tile(block, start, total - start, total - start))
     return tiles
+
+
+def _require_room(config: DualSpeedConfig, encoded: EncodedImages, blocks: list[list[_Tile]]) -> None:
+    """Refuse an isolator that no block has a place for, where that is no matter of small pictures."""
+    full = [tiles for tiles in blocks if tiles]
+    if not config.isolator_tokens or encoded.any_size or not full:
+        return
+    if any(tile.keep < tile.size for tiles in full for tile in tiles):
+        return
+    block = full[0][0].block
+    raise SettingError(
+        f"keep_ratio={config.keep_ratio} (rule {config.keep_rule!r}) of the {encoded.blocks[block].shape[0]} visual "
+        f"tokens of image {block}, as of every other of the batch, leaves fewer than the {config.isolator_tokens} "
+        "places that the isolator needs. Lower keep_ratio or isolator_tokens."
+    )
 
 
 def _select(
@@ -110,7 +139,7 @@ def _select(
     features: Tensor,
     keep: int,
     draw: tuple[int, int, int],
-    text: tuple[Tensor, Tensor] | None,
+    text: Words | None,
 ) -> Selection:
     def stack(values: list[Tensor] | None) -> Tensor | None:
         if values is None:
@@ -125,12 +154,11 @@ def _select(
             whole = torch.ones(t.size, dtype=torch.bool, device=features.device)
             masks.append(whole if filler is None else ~filler[0][t.start : t.start + t.size])
         valid = torch.stack(masks)
-    blocks = torch.tensor([t.block for t in tiles], device=features.device)
     inputs: dict[str, Any] = {"hidden": stack(encoded.hidden), "keys": stack(encoded.keys)}
     if encoded.cls_attention is not None:
         inputs["cls_attention"] = stack(encoded.cls_attention)
     if text is not None:
-        inputs |= {"text": text[0][blocks], "text_valid": text[1][blocks]}
+        inputs["text"], inputs["text_valid"] = text.around([t.block for t in tiles])
     return pruner.select(PrunerInput(features, valid=valid, grid=encoded.grid, draw=draw, **inputs), keep)
 
 
@@ -141,12 +169,14 @@ def _tokens(features: Tensor, selection: Selection) -> Tensor:
 
 
 def _by_block(encoded: EncodedImages, chosen: dict[tuple[int, int], tuple[Tensor, Tensor]]) -> KeptTokens:
+    mine: list[list[tuple[Tensor, Tensor]]] = [[] for _ in encoded.blocks]
+    for key in sorted(chosen):
+        mine[key[0]].append(chosen[key])
     index, tokens = [], []
-    for block, features in enumerate(encoded.blocks):
-        mine = [chosen[key] for key in sorted(key for key in chosen if key[0] == block)]
+    for features, parts in zip(encoded.blocks, mine, strict=True):
         empty = torch.zeros(0, dtype=torch.long, device=features.device)
-        index.append(torch.cat([one for one, _ in mine]) if mine else empty)
-        tokens.append(torch.cat([one for _, one in mine]) if mine else features)
+        index.append(torch.cat([one for one, _ in parts]) if parts else empty)
+        tokens.append(torch.cat([one for _, one in parts]) if parts else features)
     return KeptTokens(index, tokens)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from transformers import Cache
 from trimtab.anatomy import Host, has_images, open_host
 from trimtab.dualspeed.attach import SIDE_FILE, DualSpeedHandle
 from trimtab.dualspeed.config import DualSpeedConfig
-from trimtab.dualspeed.isolator import ModeIsolator
+from trimtab.dualspeed.isolator import ModeIsolator, fresh_isolator
 from trimtab.dualspeed.view import FastView, by_name
 from trimtab.errors import SettingError, WrongOrderError, setting_error
 from trimtab.files import read_json
@@ -34,6 +33,9 @@ from trimtab.shapes import Int, Tensor
 
 _LENGTHS = ("max_length", "min_length")
 """Settings of `generate` that count the prompt."""
+
+_RECORD = "_trimtab_prompt"
+"""Attribute of a cache that holds a pruned prompt."""
 
 
 def prune_for_inference(
@@ -49,7 +51,8 @@ def prune_for_inference(
     ``out[:, input_ids.shape[1]:]`` is the answer as always.
 
     Args:
-        model: A vision-language model of transformers, also inside PEFT; give the module that is called.
+        model: A vision-language model of transformers, also inside PEFT or ``torch.compile``; give the module that is
+            called.
         source: The handle of `attach` on the same model, whose isolator is then used as it is; or the directory of a
             finished run (or its ``dualspeed`` folder), with settings and isolator; or the settings alone.
         isolator_from: With settings alone the directory or file of the isolator; ``config.isolator_from`` by default.
@@ -64,6 +67,8 @@ def prune_for_inference(
         OutputError: There is no isolator at the place that was named.
         WrongOrderError: The model is pruned for inference already.
     """
+    # What torch.compile returns keeps no attributes itself: it hands them to the model inside, and calls its hooks.
+    model = getattr(model, "_orig_mod", model)
     host = open_host(model)
     if isinstance(source, DualSpeedHandle):
         if source._host.model is not host.model:
@@ -138,7 +143,6 @@ class PrunedInference:
         self._view = FastView(host, config)
         self.config = config
         self.isolator = isolator
-        self._prompts: weakref.WeakKeyDictionary[Any, _Prompt] = weakref.WeakKeyDictionary()
         self._pending: _Prompt | None = None
         self._stock = model.generate
         self._own = vars(model).get("generate")
@@ -164,7 +168,6 @@ class PrunedInference:
         vars(self._model).pop("generate", None)
         if self._own is not None:
             self._model.generate = self._own
-        self._prompts.clear()
 
     def prune_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fast view of a batch: pruned features behind the isolator.
@@ -200,19 +203,13 @@ class PrunedInference:
             short = self.prune_inputs(inputs)
             self._pending = _Prompt.of(inputs["input_ids"], short)
             return (), short
-        prompt = self._prompt_of(inputs.get("past_key_values"))
+        prompt = _prompt_of(inputs.get("past_key_values"))
         return None if prompt is None else ((), prompt.follow(inputs))
 
     def _after(self, module: Any, args: Any, output: Any) -> None:
         prompt, self._pending = self._pending, None
         if prompt is not None:
-            self._remember(prompt, output.values() if isinstance(output, dict) else output)
-
-    def _remember(self, prompt: _Prompt, parts: Iterable[Any]) -> None:
-        self._prompts.update({part: prompt for part in parts if isinstance(part, Cache)})
-
-    def _prompt_of(self, cache: Any) -> _Prompt | None:
-        return self._prompts.get(cache) if isinstance(cache, Cache) else None
+            _remember(prompt, output.values() if isinstance(output, dict) else output)
 
     # generate ---------------------------------------------------------------------------------------------------
 
@@ -222,10 +219,12 @@ class PrunedInference:
         Arguments and result are those of the model's own `generate`. Criteria, processors and streamers of the user
         see the shortened prompt; hidden states and attentions of the prompt are those of the shortened one.
         """
-        batch = {**dict(zip(inspect.signature(self._stock).parameters, args, strict=False)), **kwargs}
+        # PEFT's own generate has no names for what comes by place, and hands it on.
+        names = list(inspect.signature(type(self._view.host.model).generate).parameters)[1:]
+        batch = {**dict(zip(names, args, strict=False)), **kwargs}
         if self._model.training:
             return self._stock(*args, **kwargs)
-        if self._prompt_of(batch.get("past_key_values")) is not None:
+        if _prompt_of(batch.get("past_key_values")) is not None:
             raise WrongOrderError(
                 "past_key_values came from pruned inference, so they hold fewer places than input_ids announce. Give "
                 "the whole conversation with its images, and no cache."
@@ -248,7 +247,7 @@ class PrunedInference:
         if generation_config is not None:
             short["generation_config"] = generation_config
         made = self._stock(**short)
-        self._remember(_Prompt.of(ids, short), (batch.get("past_key_values"), getattr(made, "past_key_values", None)))
+        _remember(_Prompt.of(ids, short), (batch.get("past_key_values"), getattr(made, "past_key_values", None)))
         if isinstance(made, Tensor):
             return _with_prompt(ids, made, short_ids.shape[1])
         made.sequences = _with_prompt(ids, made.sequences, short_ids.shape[1])
@@ -260,11 +259,22 @@ class PrunedInference:
         given = copy.deepcopy(config)
         target = arguments if given is None else vars(given)
         places = [arguments, *(vars(one) for one in (given, own) if one is not None)]
+        self._refuse_short(gap + arguments["input_ids"].shape[1], places)
         for name in _LENGTHS:
             place = next((place for place in places if place.get(name)), None)
             if place is not None:
                 (arguments if place is arguments else target)[name] = max(place[name] - gap, 0)
         return given
+
+    def _refuse_short(self, width: int, places: list[dict[str, Any]]) -> None:
+        """Refuse a length that the prompt fills already, in the numbers of the prompt that came."""
+        longest = next((place["max_length"] for place in places if place.get("max_length")), None)
+        if longest is None or longest > width or any(place.get("max_new_tokens") for place in places):
+            return
+        raise setting_error(
+            "generate", "max_length", f"above {width}, the tokens of the prompt, which it counts", longest,
+            "Raise it, or give max_new_tokens instead.",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -311,6 +321,22 @@ class _Prompt:
         return step
 
 
+def _remember(prompt: _Prompt, parts: Iterable[Any]) -> None:
+    """Note a prompt on the caches that hold it, so that their copies know it too."""
+    for part in parts:
+        if isinstance(part, Cache):
+            vars(part)[_RECORD] = prompt
+
+
+def _prompt_of(cache: Any) -> _Prompt | None:
+    """Return the pruned prompt that a cache holds; one that was emptied since holds none, and forgets it."""
+    prompt: _Prompt | None = vars(cache).get(_RECORD) if isinstance(cache, Cache) else None
+    if prompt is None or cache.get_seq_length():
+        return prompt
+    del vars(cache)[_RECORD]
+    return None
+
+
 def _load_isolator(host: Host, config: DualSpeedConfig, place: str | Path | None) -> ModeIsolator | None:
     if config.isolator_tokens == 0:
         if place is not None:
@@ -325,8 +351,7 @@ def _load_isolator(host: Host, config: DualSpeedConfig, place: str | Path | None
             f"the directory or file of a trained isolator with isolator_tokens={config.isolator_tokens}", None,
             "Rows that nobody trained would only disturb; for a model without an isolator set isolator_tokens=0.",
         )  # fmt: skip
-    weight = host.model.get_input_embeddings().weight
-    isolator = ModeIsolator(config.isolator_tokens, host.width, config.seed, weight.device, weight.dtype)
+    isolator = fresh_isolator(host, config.isolator_tokens, config.seed)
     isolator.load(Path(place))
     return isolator.requires_grad_(False)
 

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
+from trimtab.anatomy import Host
 from trimtab.dualspeed.ranks import fill, whole
 from trimtab.errors import OutputError, SettingError
 from trimtab.files import write_bytes_atomic
@@ -78,6 +79,14 @@ class ModeIsolator(nn.Module):
                 f"isolator_tokens={rows.shape[0]}, or start afresh with isolator_from=None."
             )
         fill(self.rows, rows)
+
+
+def fresh_isolator(host: Host, tokens: int, seed: int) -> ModeIsolator:
+    """Return an isolator for a model, on its device and of the type that its embeddings put out."""
+    weight = host.model.get_input_embeddings().weight
+    # Embeddings may be packed (4 or 8 bits); what comes out of them is of the type that the model computes in.
+    dtype = weight.dtype if weight.is_floating_point() else host.model.dtype
+    return ModeIsolator(tokens, host.width, seed, weight.device, dtype)
 
 
 def find_isolator(source: Path) -> Path:

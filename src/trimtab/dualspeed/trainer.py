@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from safetensors import safe_open
+
 from trimtab.data import MaskPlaceholders
 from trimtab.dualspeed.attach import DualSpeedHandle
-from trimtab.dualspeed.config import DualSpeedConfig
+from trimtab.dualspeed.checks import require_in_optimizer
+from trimtab.dualspeed.config import DualSpeedConfig, read_config
 from trimtab.dualspeed.ranks import is_sharded
-from trimtab.errors import SettingError, setting_error
+from trimtab.errors import SettingError, TrimtabWarning, WrongOrderError, setting_error
 
 if TYPE_CHECKING:
     from trimtab.shapes import Tensor
@@ -28,11 +33,14 @@ def with_dualspeed(trainer_class: type[Any]) -> type[Any]:
     last log; checkpoints gain the folder ``dualspeed/``; what ``save_model`` writes is otherwise an ordinary
     checkpoint. Labels are counted without image placeholders.
 
+    Training steps take DualSpeed's loss and call no ``compute_loss`` of the Trainer class; evaluation does. After
+    ``trainer.dualspeed.detach()`` the Trainer saves and evaluates as without DualSpeed, and trains no more.
+
     Args:
         trainer_class: ``transformers.Trainer`` or a class derived from it, such as ``trl.SFTTrainer``.
 
     Returns:
-        A class derived from it.
+        A class derived from it; the class itself where it is one already.
 
     Raises:
         SettingError: Something else came.
@@ -43,6 +51,8 @@ def with_dualspeed(trainer_class: type[Any]) -> type[Any]:
         raise setting_error(
             "with_dualspeed", "trainer_class", "transformers.Trainer or a class derived from it", trainer_class
         )
+    if issubclass(trainer_class, _DualSpeedMixin):
+        return trainer_class
     return type(f"DualSpeed{trainer_class.__name__}", (_DualSpeedMixin, trainer_class), {})
 
 
@@ -65,6 +75,8 @@ class _DualSpeedMixin:
                 "model_init makes the Trainer build a new model in train(), after DualSpeed was attached. Give the "
                 "model itself."
             )
+        if not config.prunes_nothing:
+            _warn_of_own_loss(type(self))
         handle = DualSpeedHandle(me.model, config, me.args.gradient_accumulation_steps)
         handle.optimizer_step = lambda: me.state.global_step
         handle.autocast = me.accelerator.autocast
@@ -83,7 +95,7 @@ class _DualSpeedMixin:
         """Take the loss that the hooks put into the output, whatever the Trainer class would compute from it."""
         me: Any = self
         handle = self.dualspeed
-        if handle is None or handle.config.prunes_nothing or not model.training:
+        if handle is None or handle.config.prunes_nothing or not (handle.attached and model.training):
             loss: Tensor | tuple[Tensor, Any] = super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
@@ -97,14 +109,17 @@ class _DualSpeedMixin:
         return (total, outputs) if return_outputs else total
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Tell an annealed schedule how long the run is, then go on as the Trainer does."""
+        """Make sure that the isolator is trained, tell an annealed schedule how long the run is, then go on."""
+        me: Any = self
         if self.dualspeed is not None:
+            require_attached(self.dualspeed)
+            require_in_optimizer(self.dualspeed.isolator, me.model, me.optimizer if optimizer is None else optimizer)
             spread_over_updates(self.dualspeed, num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the means since the last log to the Trainer's own entry of a training step."""
-        if self.dualspeed is not None and "loss" in logs:
+        if self.dualspeed is not None and self.dualspeed.attached and "loss" in logs:
             logs = {**logs, **self.dualspeed.window_metrics()}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
@@ -112,7 +127,7 @@ class _DualSpeedMixin:
         """Save an ordinary checkpoint, and the side files in ``dualspeed/`` beside it."""
         me: Any = self
         super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
-        if self.dualspeed is not None:
+        if self.dualspeed is not None and self.dualspeed.attached:
             folder = Path(output_dir or me.args.output_dir) / SIDE_FOLDER
             self.dualspeed.save_pretrained(folder, write=me.args.should_save)
 
@@ -156,19 +171,6 @@ def rank_facts(args: Any, state: Any, rows: Any, loader: Any) -> dict[str, Any]:
     }
 
 
-def read_config(value: DualSpeedConfig | Mapping[str, Any] | None, owner: str, setting: str) -> DualSpeedConfig | None:
-    """Return the settings that a caller gave as such or as a mapping, or None for None.
-
-    Raises:
-        SettingError: Something else came, or a field is wrong.
-    """
-    if value is None or isinstance(value, DualSpeedConfig):
-        return value
-    if isinstance(value, Mapping):
-        return DualSpeedConfig.from_dict(value)
-    raise setting_error(owner, setting, "a DualSpeedConfig, a mapping of its fields, or None", value)
-
-
 def spread_over_updates(handle: DualSpeedHandle, updates: int) -> None:
     """Tell an annealed schedule how many optimizer steps the run has."""
     per_update = 1 if handle.config.schedule_unit == "optimizer" else handle.accumulation_steps
@@ -181,9 +183,16 @@ def refuse_arguments(args: Any) -> None:
     Raises:
         SettingError: Names the argument and what to set.
     """
-    for name in ("label_smoothing_factor",):
-        if getattr(args, name, 0):
-            raise SettingError(f"{name}={getattr(args, name)!r} has no meaning in DualSpeed's own loss. Set it to 0.")
+    if args.label_smoothing_factor:
+        raise SettingError(
+            f"label_smoothing_factor={args.label_smoothing_factor!r} has no meaning in DualSpeed's own loss. Set it to "
+            "0."
+        )
+    if getattr(args, "loss_type", None) not in (None, "nll"):
+        raise SettingError(
+            f"loss_type={args.loss_type!r} has no place beside DualSpeed's own loss, the cross-entropy ('nll') and the "
+            "KL term. Set it to 'nll', or train without DualSpeed."
+        )
     if args.n_gpu > 1:
         raise SettingError(
             f"One process sees {args.n_gpu} GPUs and would copy the model to each (DataParallel), which DualSpeed does "
@@ -195,18 +204,62 @@ def refuse_arguments(args: Any) -> None:
 
 
 def load_converted(model: Any, folder: Path) -> bool:
-    """Load the weights of a checkpoint under the names that the live model has, if it is a whole model on this rank.
+    """Load the weights of a checkpoint that has other names for them than the live model, whole on this rank.
 
     Some models (LLaVA among them) are saved under older names; transformers up to 5.23 converts these in
     ``from_pretrained`` but not where a Trainer resumes, which then goes on from the initial weights.
+
+    Returns:
+        Whether it did; not where the names are those of the model, which a Trainer loads by itself.
     """
     from transformers import PreTrainedModel
 
-    if not isinstance(model, PreTrainedModel) or is_sharded(model) or not any(folder.glob("model*.safetensors*")):
+    if (
+        not isinstance(model, PreTrainedModel)
+        or is_sharded(model)
+        or _stored_names(folder) <= model.state_dict().keys()
+    ):
         return False
-    stored = type(model).from_pretrained(folder, dtype=model.dtype)
+    # One type for all tensors, wide enough that each comes to its own type in the model unrounded.
+    dtypes = {one.dtype for one in model.state_dict().values() if one.is_floating_point()}
+    stored = type(model).from_pretrained(folder, dtype=reduce(torch.promote_types, dtypes))
     model.load_state_dict(stored.state_dict(), strict=False)
     return True
+
+
+def _stored_names(folder: Path) -> set[str]:
+    """Return the names of the tensors in the weight files of a checkpoint."""
+    names: set[str] = set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as tensors:
+            names.update(tensors.keys())
+    return names
+
+
+def require_attached(handle: DualSpeedHandle) -> None:
+    """Make sure that a Trainer which was built with DualSpeed still has it when it trains.
+
+    Raises:
+        WrongOrderError: The handle was detached.
+    """
+    if not handle.attached:
+        raise WrongOrderError(
+            "DualSpeed was detached from the model of this Trainer, so it can train no more. Make a new Trainer: with "
+            "DualSpeed, or a plain one to train without."
+        )
+
+
+def _warn_of_own_loss(kind: type[Any]) -> None:
+    """Warn of a user's Trainer class whose `compute_loss` the training steps do not call."""
+    below = kind.__mro__[kind.__mro__.index(_DualSpeedMixin) + 1 :]
+    owner = next(one for one in below if "compute_loss" in vars(one))
+    if not owner.__module__.startswith(("transformers.", "trl.", "axolotl.")):
+        warnings.warn(
+            f"{owner.__name__}.compute_loss is not called in training steps, which take DualSpeed's loss; evaluation "
+            "calls it. If it changes the loss, train without DualSpeed; if it only logs, override training_step.",
+            TrimtabWarning,
+            stacklevel=3,
+        )
 
 
 def _is_sharded_elsewhere(trainer: Any, folder: Path) -> bool:
@@ -217,7 +270,6 @@ def _is_sharded_elsewhere(trainer: Any, folder: Path) -> bool:
 
 def _load_named_optimizer(trainer: Any, folder: Path) -> None:
     """Load the optimizer state of an FSDP run, which goes by names of parameters, and the scheduler beside it."""
-    import torch
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
     state = torch.load(folder / "optimizer.bin", map_location="cpu", weights_only=True)

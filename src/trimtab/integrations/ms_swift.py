@@ -23,6 +23,7 @@ from typing import Any
 
 from trimtab.dualspeed import DualSpeedConfig
 from trimtab.dualspeed.callback import DualSpeedCallback
+from trimtab.dualspeed.config import read_config
 from trimtab.errors import MissingExtraError, SettingError, setting_error
 
 NAME = "dualspeed"
@@ -48,7 +49,7 @@ def register(config: DualSpeedConfig | Mapping[str, Any] | None = None, name: st
         MissingExtraError: ms-swift is not installed.
         SettingError: A field is wrong, or the name is taken by another callback.
     """
-    settings = config if isinstance(config, DualSpeedConfig) else DualSpeedConfig.from_dict(dict(config or {}))
+    settings = read_config(config, "register", "config") or DualSpeedConfig()
     try:
         from swift.callbacks import callbacks_map
     except ImportError as error:

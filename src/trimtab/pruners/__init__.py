@@ -33,7 +33,7 @@ from trimtab.pruners import (  # noqa: F401
     visionzip,
     vispruner,
 )
-from trimtab.pruners.budget import kept_count
+from trimtab.pruners.budget import kept_count, kept_counts
 from trimtab.pruners.contract import Pruner, PrunerInput, Selection
 from trimtab.pruners.registry import PRUNERS, build_pruner, pruner_names, register_pruner
 
@@ -44,6 +44,7 @@ __all__ = [
     "Selection",
     "build_pruner",
     "kept_count",
+    "kept_counts",
     "pruner_names",
     "register_pruner",
 ]

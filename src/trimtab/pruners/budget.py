@@ -27,6 +27,42 @@ def kept_count(tokens: int, keep_ratio: float | int, rule: str = "floor") -> int
     Raises:
         SettingError: A value outside its range, or a ratio that keeps 0 tokens.
     """
+    exact = _share(tokens, keep_ratio, rule)
+    if exact < 1:
+        raise SettingError(
+            f"keep_ratio={keep_ratio} keeps 0 of {tokens} tokens (rule {rule!r}). "
+            f"Raise keep_ratio to at least {1 / tokens:.4g}."
+        )
+    return exact
+
+
+def kept_counts(
+    sizes: set[int], keep_ratio: float | int, rule: str = "floor", *, any_size: bool = False
+) -> dict[int, int]:
+    """Return how many tokens a keep ratio leaves of tiles of several sizes, at least 1 of each.
+
+    A small tile beside larger ones keeps one token where the ratio would leave none. Where it leaves none of any
+    tile the ratio is too low for the model, unless the sizes are those of the pictures (an icon alone in a batch).
+
+    Args:
+        sizes: Tokens of each tile, at least 1.
+        keep_ratio: Share kept, in (0, 1].
+        rule: As in `kept_count`.
+        any_size: Whether tiles are as large as their pictures happen to be.
+
+    Returns:
+        By size, a number in 1..size.
+
+    Raises:
+        SettingError: A value outside its range, or a ratio that keeps 0 tokens of every tile, with not `any_size`.
+    """
+    counts = {size: _share(size, keep_ratio, rule) for size in sizes}
+    if counts and not any_size and not any(counts.values()):
+        kept_count(max(counts), keep_ratio, rule)  # says so
+    return {size: max(1, count) for size, count in counts.items()}
+
+
+def _share(tokens: int, keep_ratio: float | int, rule: str) -> int:
     if tokens < 1:
         raise setting_error("kept_count", "tokens", "at least 1", tokens)
     if not 0 < keep_ratio <= 1:
@@ -42,9 +78,4 @@ def kept_count(tokens: int, keep_ratio: float | int, rule: str = "floor") -> int
         kept = int((1 - (1 - keep_ratio)) * tokens)
     else:
         raise setting_error("kept_count", "rule", f"one of {', '.join(RULES)}", rule)
-    if kept < 1:
-        raise SettingError(
-            f"keep_ratio={keep_ratio} keeps 0 of {tokens} tokens (rule {rule!r}). "
-            f"Raise keep_ratio to at least {1 / tokens:.4g}."
-        )
     return min(kept, tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,9 +12,10 @@ from typing import Any
 
 from trimtab.bench import peak_memory, time_steps
 from trimtab.dualspeed.config import DualSpeedConfig
+from trimtab.errors import DataError
 from trimtab.records import make_record
 from trimtab.run.config import RunConfig, training_arguments
-from trimtab.run.load import load_model, load_processor, load_rows_of
+from trimtab.run.load import image_counts, load_model, load_processor, load_rows_of
 
 MODES = ("plain", "fast", "slow")
 
@@ -21,16 +23,25 @@ MODES = ("plain", "fast", "slow")
 class Bench:
     """A model, one batch and an optimizer that does not move it; each mode is one training step.
 
+    Steps run as the training's arguments say: under autocast with bf16 or fp16, and with activation checkpointing. The
+    loss is not scaled for fp16.
+
     Attributes:
         sizes: Mode -> tokens of the batch in all and visual tokens among them.
+        autocast: Makes the context in which a forward pass runs.
     """
 
-    def __init__(self, model: Any, batch: dict[str, Any], settings: DualSpeedConfig) -> None:
+    def __init__(self, model: Any, batch: dict[str, Any], settings: DualSpeedConfig, arguments: Any) -> None:
         import torch
 
         self.model = model
         self.batch = batch
         self.settings = settings
+        self.autocast = _autocast(arguments)
+        if arguments.gradient_checkpointing:
+            # Its name since transformers 5.23, and the one before.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable(arguments.gradient_checkpointing_kwargs)
         self.handle: Any = None
         self.sizes: dict[str, tuple[int, int]] = {}
         # With a learning rate of 0 every step does the optimizer's work and every step sees the same weights.
@@ -71,8 +82,13 @@ class Bench:
             self.handle.detach()
             self.handle = None
 
+    def _backward(self) -> None:
+        with self.autocast():
+            loss = self.model(**self.batch).loss
+        loss.backward()
+
     def _update(self) -> None:
-        self.model(**self.batch).loss.backward()
+        self._backward()
         self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
 
@@ -87,10 +103,11 @@ class Bench:
 
 
 def bench(config: RunConfig, steps: int = 20, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
-    """Measure a run's training steps on its first batch, on the device that training would use.
+    """Measure a run's training steps on its first rows with images, on the device that training would use.
 
     The modes take turns and are compared round by round (`trimtab.bench.time_steps`). A step is forward, backward and
-    AdamW; data loading is left out. Changing from plain to fast includes attaching, which takes about a millisecond.
+    AdamW, in the precision and with the checkpointing of the run; data loading is left out. Changing from plain to
+    fast includes attaching, which takes about a millisecond.
 
     Args:
         config: The settings; without a `dualspeed:` block its defaults are measured.
@@ -104,7 +121,7 @@ def bench(config: RunConfig, steps: int = 20, progress: Callable[[int, int], Non
 
     Raises:
         SettingError: A setting does not fit.
-        DataError: The data cannot be read.
+        DataError: The data cannot be read, or no row holds an image.
         UnsupportedModelError: The model cannot train on pruned visual tokens.
     """
     started = datetime.now(timezone.utc)
@@ -126,13 +143,26 @@ def bench(config: RunConfig, steps: int = 20, progress: Callable[[int, int], Non
 def _prepare(config: RunConfig, arguments: Any, settings: DualSpeedConfig) -> tuple[Bench, int]:
     from trimtab.data import SupervisedCollator
 
-    rows = list(islice(iter(load_rows_of(config.data_files, config)), arguments.train_batch_size))
+    given = load_rows_of(config.data_files, config)
+    places = islice((place for place, images in image_counts(given) if images), arguments.train_batch_size)
+    rows = [given[place] for place in places]
+    if not rows:
+        raise DataError(
+            f"No row of {', '.join(config.data_files)} holds an image, so every mode would be plain training and there "
+            "is nothing to measure. Are the images given?"
+        )
     collate = SupervisedCollator(load_processor(config.model_name_or_path), max_length=config.max_length)
     batch = {name: value.to(arguments.device) for name, value in collate(rows).items()}
-    model = load_model(config).to(arguments.device)
-    if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
-    return Bench(model, batch, settings), len(rows)
+    return Bench(load_model(config).to(arguments.device), batch, settings, arguments), len(rows)
+
+
+def _autocast(arguments: Any) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    import torch
+
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    if dtype is None:
+        return contextlib.nullcontext
+    return lambda: torch.autocast(arguments.device.type, dtype)
 
 
 def _stepper(parts: Bench, mode: str) -> Callable[[], None]:

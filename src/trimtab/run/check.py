@@ -7,34 +7,26 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from itertools import islice
 from typing import Any
 
 from trimtab.anatomy import check_model
-from trimtab.bench import SpeedModel, SpeedPrediction, advice, expected_gain
+from trimtab.bench import SpeedModel, advice, advice_on_counts, expected_gain
 from trimtab.data import SupervisedCollator, validate_rows
 from trimtab.dualspeed.config import DualSpeedConfig
-from trimtab.errors import setting_error
+from trimtab.errors import DataError, setting_error
 from trimtab.records import make_record
+from trimtab.run.check_words import Findings, describe
 from trimtab.run.config import RunConfig, training_arguments
-from trimtab.run.load import load_processor, load_rows_of
+from trimtab.run.load import image_counts, load_processor, load_rows_of, row_name
 from trimtab.run.shallow import outline_to_train
 
 SECONDS = 40.0
 """What timing may take, where nothing else is said."""
 FIRST_PARTS = 0.15
 """Share of that for reading rows, and again for counting tokens."""
-
-
-@dataclass
-class _Findings:
-    """What was found about rows and steps; None where there was no time or no way."""
-
-    tokens: Any
-    prediction: SpeedPrediction
-    measured: dict[str, Any] | None
-    not_measured: str
-    advice: list[str]
+LEAST_READING = 2.0
+"""Seconds in which rows are read even where less is said."""
+REMEDY = "Correct the bad rows, or write `on_bad: skip` to train without them."
 
 
 def check(
@@ -56,12 +48,16 @@ def check(
             top.
 
     Returns:
-        The record, kind "check": ``supported``, ``summary`` (one line per finding), ``problems`` (row and sentence),
-        ``advice`` (sentences on what keeps DualSpeed from helping) and, None where the model is not supported or a
-        row is bad: ``tokens_per_image`` (least, mean and most before and after pruning), ``tokens_per_row``,
-        ``prediction`` (arithmetic alone, see `trimtab.bench.SpeedPrediction`), ``measured`` (seconds of the parts of
-        a step, ``speedup`` with and ``speedup_compute`` without waiting for data, and on what; None where no step
-        was timed, with the reason in ``not_measured``) and ``shares`` (of a plain step).
+        The record, kind "check": ``supported``, ``summary`` (one line per finding), ``problems`` (``row``, ``kind``
+        and ``message``; kind "length" for a row that training would refuse; without a row "images" where none has an
+        image, and "load" where a row that was not looked at is bad), ``skipped`` (the same of rows that training leaves
+        out, with ``on_bad: skip``), ``advice`` (sentences on what to correct and what keeps DualSpeed from helping),
+        ``text_only`` (share of rows without image) and ``lengths_tried`` (rows that were processed). And, None where
+        the model is not supported or there is a problem: ``tokens_per_image`` (least, mean and most before and after
+        pruning), ``tokens_per_row``, ``prediction`` (arithmetic alone, see `trimtab.bench.SpeedPrediction`),
+        ``measured`` (seconds of the parts of a step, ``speedup`` with and ``speedup_compute`` without waiting for data,
+        and on what; None where no step was timed, with the reason in ``not_measured``) and ``shares`` (of a plain
+        step).
 
     Raises:
         SettingError: A setting does not fit, or there is no such model.
@@ -73,27 +69,56 @@ def check(
     arguments = training_arguments(config)
     model = outline_to_train(config)
     support = check_model(model)
-    summary, problems = _look_at_data(config, limit, progress)
-    model_words = {"model": support.model_class, "supported": support.supported, "why": support.reason}
-    summary = {**model_words, **({"notes": " ".join(support.notes)} if support.notes else {}), **summary}
+    look = _look_at_data(config, limit, progress)
+    summary = {"model": support.model_class, "supported": support.supported, "why": support.reason}
+    if support.notes:
+        summary["notes"] = " ".join(support.notes)
+    if config.dualspeed is None:
+        summary["settings"] = "the run file trains without DualSpeed; judged are the default settings of DualSpeed"
     found = None
-    if support.supported and not problems:
-        found = _look_at_steps(config, model, arguments, seconds, progress)
-        summary |= _words(found)
-    results = {"supported": support.supported, "summary": summary, "problems": problems, **_results(found)}
+    if support.supported and not look.problems:
+        found = _look_at_rows(config, look, model, arguments, seconds, limit, progress)
+    summary |= look.summary | {"problems": len(look.problems)} | (describe(found) if found else {})
+    results = {"supported": support.supported, "summary": summary, **look.results(), **_results(found)}
+    results["advice"] = [*look.advice, *results["advice"]]
     whole = time.perf_counter() - began
     settings = {**config.identity(), "limit": limit, "seconds": seconds}
     return make_record("check", settings, results, started=started, seconds=whole)
 
 
-def _look_at_data(
-    config: RunConfig, limit: int, progress: Callable[[int, int], None] | None
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+@dataclass
+class _Look:
+    """What was seen of the rows.
+
+    Attributes:
+        summary: Lines of the table.
+        problems: What training would stop at.
+        skipped: What it would leave out.
+        advice: What to do about the problems.
+        text_only: Share of rows without image; None where that was not counted.
+        tried: Rows that were processed.
+    """
+
+    summary: dict[str, Any]
+    problems: list[dict[str, Any]]
+    skipped: list[dict[str, Any]]
+    advice: list[str]
+    text_only: float | None = None
+    tried: int = 0
+
+    def results(self) -> dict[str, Any]:
+        """Return the fields of the record."""
+        names = ("problems", "skipped", "text_only")
+        return {**{name: getattr(self, name) for name in names}, "lengths_tried": self.tried}
+
+
+def _look_at_data(config: RunConfig, limit: int, progress: Callable[[int, int], None] | None) -> _Look:
     reports = [
         validate_rows(file, image_folder=config.image_folder, limit=limit, progress=progress)
         for file in config.data_files
     ]
-    problems = [vars(p) for report in reports for p in report.problems if p.kind != "aspect"]
+    bad = [[vars(p) for p in report.problems if p.kind != "aspect"] for report in reports]
+    problems = [problem for found in bad for problem in found]
     layouts: dict[str, int] = {}
     for report in reports:
         for name, count in report.layouts.items():
@@ -103,32 +128,80 @@ def _look_at_data(
         "layouts": ", ".join(f"{name} ({count})" for name, count in layouts.items()) or "none",
         "images": sum(report.images for report in reports),
         "rows that repeat": sum(report.duplicates for report in reports),
-        "problems": len(problems),
     }
-    return summary, problems
+    if config.on_bad == "skip":
+        rows = sum(len({problem["row"] for problem in found}) for found in bad)
+        return _Look({**summary, "rows that will be skipped": rows}, [], problems, [])
+    return _Look(summary, problems, [], [REMEDY] if problems else [])
 
 
-def _look_at_steps(
-    config: RunConfig, model: Any, arguments: Any, seconds: float, progress: Callable[[int, int], None] | None
-) -> _Findings:
-    from trimtab.run.row_tokens import count_kept, read_timed
+def _look_at_rows(
+    config: RunConfig, look: _Look, model: Any, arguments: Any, seconds: float, limit: int,
+    progress: Callable[[int, int], None] | None,
+) -> Findings | None:  # fmt: skip
+    """Process some rows and time steps on them; completes `look`. None where a row is bad or none has an image."""
+    from trimtab.run.row_tokens import choose_places, count_kept, read_timed
 
     began = time.perf_counter()
     settings = config.dualspeed or DualSpeedConfig()
     collate = SupervisedCollator(
         load_processor(config.model_name_or_path), max_length=config.max_length, empty_labels="count"
     )
-    rows = load_rows_of(config.data_files, config)
-    tokens, batches = read_timed(collate, rows, FIRST_PARTS * seconds)
-    count_kept(outline_to_train(config), settings, tokens, batches, arguments.device, FIRST_PARTS * seconds)
+    try:
+        rows = load_rows_of(config.data_files, config)
+    except DataError as cause:  # a bad row behind those looked at, or nothing but bad rows
+        look.problems.append({"row": None, "kind": "load", "message": str(cause)})
+        look.advice += [REMEDY] if config.on_bad == "error" else []
+        return None
+    images = dict(image_counts(rows, limit)) or dict(image_counts(rows))
+    look.text_only = sum(not count for count in images.values()) / len(images)
+    look.summary["rows without image"] = f"{look.text_only:.0%}"
+    if not any(images.values()):
+        look.problems.append(_no_image(f"None of the {len(images)} rows looked at has an image"))
+        return None
+    tokens, batches, refused = read_timed(
+        collate, rows, choose_places(images), max(LEAST_READING, FIRST_PARTS * seconds)
+    )
+    tokens.text_only = look.text_only
+    look.tried = len(batches.keys() | refused.keys())
+    look.summary["lengths tried"] = f"on {look.tried} row{'s' * (look.tried > 1)}"
+    for place, reason in sorted(refused.items()):
+        look.problems.append(_refusal(row_name(rows, place), rows[place]["row"], reason))
+    if refused:
+        return None
+    if not any(row["visual"] for row in tokens.rows):
+        look.problems.append(_no_image("The processor makes no visual token of the images of these rows"))
+        return None
+    count_kept(
+        outline_to_train(config), settings, tokens, list(batches.values()), arguments.device, FIRST_PARTS * seconds
+    )
     speed = _speed_model(model, tokens.per_row(), settings, bool(arguments.gradient_checkpointing))
-    found = _Findings(tokens, speed.predict(), None, "no time was given (--seconds 0)", [])
+    found = Findings(tokens, speed.predict(), not_measured="no time was given (--seconds 0)")
     if seconds:
-        left = seconds - (time.perf_counter() - began)
-        measured, found.not_measured = _time_steps(model, collate, rows, speed, settings, arguments, left, progress)
+        shown = [rows[place] for place in batches if images[place]]
+        count = min(arguments.train_batch_size, len(rows))
+        batch = [shown[number % len(shown)] for number in range(count)]
+        used = time.perf_counter() - began
+        measured, found.not_measured = _time_steps(
+            model, collate, batch, speed, settings, arguments, seconds, used, progress
+        )
         if measured is not None:
             found.measured, found.advice = _gain(measured, model, speed, tokens, arguments)
+            return found
+    found.advice = advice_on_counts(found.prediction.speedup, **_counts(speed))
     return found
+
+
+def _refusal(name: str, number: int, reason: str) -> dict[str, Any]:
+    """Name the row once: the collator's own words begin with its number, but without the file."""
+    own = f"Row {number}"
+    message = f"{name}{reason.removeprefix(own)}" if reason.startswith(own) else f"{name}: {reason}"
+    return {"row": number, "kind": "length", "message": message}
+
+
+def _no_image(finding: str) -> dict[str, Any]:
+    message = f"{finding}, so there is no visual token to prune. Are the images given?"
+    return {"row": None, "kind": "images", "message": message}
 
 
 def _speed_model(model: Any, counts: Mapping[str, float], settings: DualSpeedConfig, recompute: bool) -> SpeedModel:
@@ -159,10 +232,10 @@ def _tower_trained(visual: list[Any]) -> bool:
 
 
 def _time_steps(
-    model: Any, collate: Any, rows: Any, speed: SpeedModel, settings: DualSpeedConfig, arguments: Any, seconds: float,
-    progress: Callable[[int, int], None] | None,
+    model: Any, collate: Any, rows: list[Any], speed: SpeedModel, settings: DualSpeedConfig, arguments: Any,
+    seconds: float, used: float, progress: Callable[[int, int], None] | None,
 ) -> tuple[dict[str, Any] | None, str]:  # fmt: skip
-    """Time steps where that fits; else say why not."""
+    """Time steps on these rows where that fits into what is left of the seconds; else say why not."""
     from trimtab.run import probe
 
     dtype = model.dtype
@@ -174,16 +247,17 @@ def _time_steps(
         width=speed.width,
         vocab=speed.vocab,
     )
-    count = min(arguments.train_batch_size, len(rows))
-    chosen, reason = probe.plan(
-        model, work, count, seconds, probe.matmul_speed(arguments.device, dtype), probe.free_memory(arguments.device),
-        dtype.itemsize,
+    chosen, reason, taken = probe.plan(
+        model, work, len(rows), max(0.0, seconds - used), probe.matmul_speed(arguments.device, dtype),
+        probe.free_memory(arguments.device), dtype.itemsize,
     )  # fmt: skip
     if chosen is None:
-        return None, reason
+        # What came before takes its share of more seconds, too.
+        enough = math.ceil(1.1 * (taken + used) / (1 - 2 * FIRST_PARTS))
+        return None, f"{reason}; --seconds {enough} would do" if taken else reason
     began = time.perf_counter()
-    batch = collate(list(islice(iter(rows), chosen.rows)))
-    left = seconds - (time.perf_counter() - began)
+    batch = collate(rows[: chosen.rows])
+    left = seconds - used - (time.perf_counter() - began)
     return probe.measure(model, batch, settings, chosen, arguments, left, progress), ""
 
 
@@ -191,6 +265,8 @@ def _gain(
     measured: dict[str, Any], model: Any, speed: SpeedModel, tokens: Any, arguments: Any
 ) -> tuple[dict[str, Any], list[str]]:
     """Set the measured steps against the time that their rows take to read."""
+    from trimtab.run.probe import split_trouble
+
     steps, workers = measured["steps"], arguments.dataloader_num_workers
     data_seconds = tokens.seconds_per_row * measured["rows"]
     gain = expected_gain(steps, speed.slow_ratio, data_seconds, workers)
@@ -199,13 +275,20 @@ def _gain(
         steps,
         data_seconds=data_seconds,
         workers=workers,
-        visual_share=speed.visual_tokens / (speed.visual_tokens + speed.text_tokens),
-        reduction=(speed.kept_tokens + speed.isolator_tokens) / speed.visual_tokens,
         tower_trained=_tower_trained(_visual_parameters(model)),
+        **_counts(speed),
     )
+    trouble = split_trouble(measured)
     data = {"seconds_per_row": tokens.seconds_per_row, "seconds_per_step": data_seconds, "workers": workers}
     named = {mode: asdict(parts) for mode, parts in steps.items()}
-    return {**measured, **asdict(gain), "steps": named, "data": data}, sentences
+    return {**measured, **asdict(gain), "steps": named, "data": data}, [*([trouble] if trouble else []), *sentences]
+
+
+def _counts(speed: SpeedModel) -> dict[str, float]:
+    return {
+        "visual_share": speed.visual_tokens / (speed.visual_tokens + speed.text_tokens),
+        "reduction": (speed.kept_tokens + speed.isolator_tokens) / speed.visual_tokens,
+    }
 
 
 def _patches(model: Any, counts: Mapping[str, float]) -> float:
@@ -222,7 +305,7 @@ def _visual_parameters(model: Any) -> list[Any]:
     return [parameter for parameter in model.base_model.parameters() if id(parameter) not in known]
 
 
-def _results(found: _Findings | None) -> dict[str, Any]:
+def _results(found: Findings | None) -> dict[str, Any]:
     if found is None:
         names = ("tokens_per_image", "tokens_per_row", "prediction", "measured", "not_measured", "shares")
         return {**dict.fromkeys(names), "advice": []}
@@ -235,50 +318,3 @@ def _results(found: _Findings | None) -> dict[str, Any]:
         "shares": found.measured and found.measured["shares"],
         "advice": found.advice,
     }
-
-
-def _words(found: _Findings) -> dict[str, Any]:
-    counts, image, prediction = found.tokens.per_row(), found.tokens.per_image(), found.prediction
-    share = counts["visual"] / (counts["visual"] + counts["text"])
-    summary = {
-        "text tokens per row": counts["text"],
-        "visual tokens per row": counts["visual"],
-        "visual share of the sequence": f"{share:.0%}",
-        "visual tokens per image": _range(image["full"]),
-        "kept in a fast step": f"{_range(image['kept'])}, and {image['isolator']:.3g} of the isolator",
-        "reading a row": f"{1000 * found.tokens.seconds_per_row:.3g} ms in one process",
-        "gain by arithmetic": f"{prediction.speedup:.2f} times faster (fast step {prediction.fast_over_full:.2f}, "
-        f"slow step {prediction.slow_over_full:.2f} of a full one; matrix products alone)",
-    }
-    if found.measured is None:
-        return {**summary, "no step was timed": found.not_measured}
-    return summary | _measured_words(found.measured)
-
-
-def _measured_words(measured: Mapping[str, Any]) -> dict[str, str]:
-    layers, rows, steps = measured["layers"], measured["rows"], measured["steps"]
-    part = (
-        f"{layers['decoder_layers']} of {layers['decoder_all']} blocks of the language model and "
-        f"{layers['tower_layers']} of {layers['tower_all']} of the vision tower, scaled up"
-        if measured["scaled"]
-        else "whole model"
-    )
-    ratio = {mode: sum(steps[mode].values()) / sum(steps["plain"].values()) for mode in steps}
-    return {
-        "timed": f"{part}, random weights, {rows} row{'s' * (rows > 1)}, {measured['device']}",
-        "shares of a plain step": _percent(measured["shares"]),
-        "shares of a fast step": _percent(measured["shares_fast"]),
-        "measured steps": f"fast {ratio['fast']:.2f}, slow {ratio['slow']:.2f} of a plain one, which computes "
-        f"{sum(steps['plain'].values()):.3g} s",
-        "expected gain": f"{measured['speedup']:.2f} times faster training "
-        f"({measured['speedup_compute']:.2f} without waiting for data)",
-    }
-
-
-def _percent(shares: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-
-
-def _range(spread: Mapping[str, float]) -> str:
-    least, mean, most = spread["min"], spread["mean"], spread["max"]
-    return f"{mean:.4g}" if least == most else f"{mean:.4g} ({least:.4g} to {most:.4g})"

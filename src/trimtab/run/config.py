@@ -283,8 +283,12 @@ def training_arguments(config: RunConfig) -> Any:
         TrainingArguments, or SFTConfig with ``trainer: sft``.
 
     Raises:
-        SettingError: transformers refuses a value or a combination; its words are passed on.
+        SettingError: A batch of less than one row; or transformers refuses a value or a combination, and its words
+            are passed on.
     """
+    rows = config.training.get("per_device_train_batch_size")
+    if rows is not None and rows < 1:
+        raise setting_error("RunConfig", "per_device_train_batch_size", "at least 1", rows)
     settings = {**config.training, "output_dir": config.output_dir, "remove_unused_columns": False}
     if config.trainer == "sft":
         from trimtab.run.extras import require

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,15 +23,13 @@ RECORD_FILE = "records/eval.json"
 ARM_FILE = "records/arm.json"
 """Training and evaluation of one run together, as `trimtab report` shows them."""
 
-SIDE_FILES = "dualspeed"
-"""Folder in a run's output with the isolator and what else is not part of the model."""
-
 
 def evaluate(
     config: RunConfig,
     checkpoint: str | Path | None = None,
     *,
     pruned: bool = False,
+    explicit: Sequence[str] = (),
     limit: int | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 32,
@@ -42,8 +40,9 @@ def evaluate(
     Args:
         config: The settings; `eval_files` must be there.
         checkpoint: Directory of the model; `output_dir` by default.
-        pruned: Ask a second time on the tokens that the fast mode sees, behind the isolator in the directory; without
-            one where none was trained.
+        pruned: Ask a second time on the tokens that the fast mode sees: with the settings that the model was trained
+            with and behind its isolator, where the directory holds them; else with those of `config` and no isolator.
+        explicit: Fields of `config.dualspeed` that beat those of the training.
         limit: Ask the questions of the first rows only.
         batch_size: Questions per batch.
         max_new_tokens: Tokens per answer at most.
@@ -51,8 +50,9 @@ def evaluate(
 
     Returns:
         The record, kind "eval", also written below the directory: ``full`` and, if asked, ``pruned``, each as
-        `trimtab.exact_match` returns it. Where the directory holds the record of a training, a record of kind "arm"
-        joins both.
+        `trimtab.exact_match` returns it. After a pruned pass ``settings`` hold the settings of DualSpeed it really had
+        and ``isolator``, whether there was one. Where the directory holds the record of a training, a record of kind
+        "arm" joins both, without the pruned pass where `explicit` changed it.
 
     Raises:
         SettingError: There are no `eval_files`, or no model in the directory.
@@ -66,14 +66,18 @@ def evaluate(
     started = datetime.now(timezone.utc)
     ask: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "progress": progress}
     results = {"full": exact_match(model, processor, rows, **ask)}
+    used: dict[str, Any] = {}
     if pruned:
-        with _pruned(model, config, directory) as handle:
+        with _pruned(model, config, directory, explicit) as handle:
             results["pruned"] = exact_match(model, processor, rows, prepare=handle.prune_inputs, **ask)
-    settings = {**config.identity(), "checkpoint": directory, "limit": limit, "max_new_tokens": max_new_tokens}
+            used = {"dualspeed": handle.config.to_dict(), "isolator": handle.isolator is not None}
+    asked = {"checkpoint": directory, "limit": limit, "max_new_tokens": max_new_tokens}
+    settings = {**config.identity(), **used, **asked}
     seconds = sum(result["seconds"] for result in results.values())
     record = make_record("eval", settings, results, started=started, seconds=seconds)
     write_record(directory / RECORD_FILE, record)
-    _write_arm(directory, config, results)
+    # Tokens pruned otherwise than in the training say nothing about the arm.
+    _write_arm(directory, config, {"full": results["full"]} if explicit else results)
     return record
 
 
@@ -84,15 +88,20 @@ def _first(rows: Any, limit: int | None) -> Any:
     return rows if limit is None else Subset(rows, range(min(limit, len(rows))))
 
 
-def _pruned(model: Any, config: RunConfig, directory: Path) -> PrunedInference:
-    """Prune as the run's settings say, behind the isolator that was trained with the model, where there is one."""
+def _pruned(model: Any, config: RunConfig, directory: Path, explicit: Sequence[str] = ()) -> PrunedInference:
+    """Prune as in the training of the model, but for `explicit` fields; or as the run file says, without isolator."""
     from trimtab.dualspeed import prune_for_inference
+    from trimtab.dualspeed.inference import saved_settings, settings_folder
 
-    settings = config.dualspeed or DualSpeedConfig(isolator_tokens=0)
-    side = directory / SIDE_FILES
-    if settings.isolator_tokens and side.is_dir():
-        return prune_for_inference(model, settings, side)
-    return prune_for_inference(model, replace(settings, isolator_tokens=0, isolator_from=None))
+    given = config.dualspeed or DualSpeedConfig()
+    if settings_folder(directory) is None:
+        return prune_for_inference(model, replace(given, isolator_tokens=0, isolator_from=None))
+    trained, folder = saved_settings(directory)
+    # Options belong to their pruner.
+    fields = {*explicit, "pruner_options"} if "pruner" in explicit else set(explicit)
+    chosen = replace(trained, **{name: getattr(given, name) for name in fields})
+    place = chosen.isolator_from or folder
+    return prune_for_inference(model, replace(chosen, isolator_from=None), place if chosen.isolator_tokens else None)
 
 
 def _write_arm(directory: Path, config: RunConfig, results: dict[str, Any]) -> None:

@@ -159,6 +159,37 @@ def load_rows_of(files: Sequence[str], config: RunConfig) -> Any:
     return parts[0] if len(parts) == 1 else ConcatDataset(cast(Any, parts))
 
 
+def image_counts(rows: Any, limit: int | None = None) -> Iterator[tuple[int, int]]:
+    """Count the images of each row without opening any.
+
+    Args:
+        rows: What `load_rows_of` returned.
+        limit: Count in the first rows of each file only.
+
+    Yields:
+        Place among the rows, and images of that row.
+    """
+    from trimtab.data import to_messages
+
+    first = 0
+    for part in getattr(rows, "datasets", [rows]):
+        for number, place in enumerate(part.places):
+            if limit is not None and place >= limit:
+                break
+            outline = part.source.outline(place)
+            yield first + number, len(to_messages(outline, where=part.source.where(place))["images"])
+        first += len(part)
+
+
+def row_name(rows: Any, place: int) -> str:
+    """Name a row of what `load_rows_of` returned as errors of the data do: file and line, or file and row."""
+    for part in getattr(rows, "datasets", [rows]):
+        if place < len(part):
+            return str(part.source.where(part.places[place]))
+        place -= len(part)
+    raise IndexError(place)
+
+
 def skipped_rows(rows: Any) -> int:
     """Count the bad rows that were left out of what `load_rows_of` returned."""
     return sum(len(part.skipped) for part in getattr(rows, "datasets", [rows]))

@@ -39,6 +39,8 @@ EFFICIENCY = 0.6
 ACTIVATIONS = 40
 """Numbers per place, width and block that the backward pass keeps, roughly; used to refuse, never reported."""
 TOWER = "tower"
+SPREAD = 0.2
+"""Quartiles of a timed step further apart than this share of its median: the machine does other work as well."""
 UPDATED = 1 << 22
 """Weights that the optimizer updates to be timed, or all where there are fewer."""
 
@@ -87,7 +89,7 @@ class Plan:
 
 def plan(
     model: Any, work: Work, rows: int, seconds: float, speed: float, memory: float, itemsize: int
-) -> tuple[Plan | None, str]:
+) -> tuple[Plan | None, str, float]:
     """Choose what to time: as many rows as the training's batch has, then as many blocks as fit.
 
     Args:
@@ -100,7 +102,8 @@ def plan(
         itemsize: Bytes of a weight.
 
     Returns:
-        The plan, or None with the reason.
+        The plan, or None; the reason why there is none; and the seconds that the plan takes, or the smallest one where
+        that is the reason.
     """
     decoder, tower = decoder_stack(model), tower_stack(model)
     every = (len(decoder.layers), len(tower.layers) if tower else 0)
@@ -109,7 +112,7 @@ def plan(
     fixed = sum(p.numel() for p in model.parameters()) - parameters_of(decoder, tower)
     trained = any(p.requires_grad for p in decoder.layers.parameters())
     few = least_tower_layers(model) / every[1] if every[1] else 1.0
-    reason = ""
+    reason, taken, need = "", 0.0, 0.0
     for count in _halves(rows):
         for layers in (every, *shallow, shallowest):
             shares = [n / every_one if every_one else 1.0 for n, every_one in zip(layers, every, strict=True)]
@@ -120,13 +123,13 @@ def plan(
             operations = count * (work.steps * work.decoder * shares[0] + passes * work.tower + 2 * work.head)
             taken = PASSES * operations / (speed * EFFICIENCY)
             if need <= memory and taken <= seconds:
-                return Plan(count, layers[0], every[0], layers[1], every[1]), ""
+                return Plan(count, layers[0], every[0], layers[1], every[1]), "", taken
             reason = (
                 f"timing a few blocks needs about {need / 2**30:.1f} GiB, and {memory / 2**30:.1f} may be taken"
                 if need > memory
                 else f"timing a few blocks takes about {taken:.0f} s here, and {seconds:.0f} s of --seconds are left"
             )
-    return None, reason
+    return None, reason, 0.0 if need > memory else taken
 
 
 def measure(
@@ -155,7 +158,8 @@ def measure(
 
     Returns:
         ``steps`` (mode -> `StepParts` of the batch, scaled to the whole model), ``device``, ``threads``, ``rows``,
-        ``layers`` (timed and all), ``scaled`` and ``repeats``.
+        ``layers`` (timed and all), ``scaled``, ``repeats``, ``spread`` (mode -> distance of the quartiles of its whole
+        step in medians, 0 with one round) and ``clamped`` (parts whose time came out below 0 and was set to 0).
     """
     began = time.perf_counter()
     device = arguments.device
@@ -165,11 +169,7 @@ def measure(
     if tower is not None:
         tower.cut(chosen.tower_layers)
     materialise(model, device)
-    if arguments.gradient_checkpointing:
-        # Its name since transformers 5.23, and the one before.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable(arguments.gradient_checkpointing_kwargs)
-    steps = _Steps(model, {name: value.to(device) for name, value in batch.items()}, settings, _autocast(arguments))
+    steps = _Steps(model, {name: value.to(device) for name, value in batch.items()}, settings, arguments)
     few = min(least_tower_layers(model), chosen.tower_layers)
     short = {decoder: 0, tower: few} if tower is not None else {decoder: 0}
     calls: dict[str, Callable[[], object]] = {mode: partial(steps.step, mode) for mode in MODES}
@@ -189,15 +189,31 @@ def measure(
         steps.close()
     update = _update_seconds(model, weights)
     median = {name: one["median"] for name, one in timed.items()}
+    parts, clamped = _parts(median, chosen, few, update)
     return {
-        "steps": _parts(median, chosen, few, update),
+        "steps": parts,
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
         "rows": chosen.rows,
         "layers": {key: value for key, value in asdict(chosen).items() if key != "rows"},
         "scaled": chosen.scaled,
         "repeats": max(1, repeats),
+        "spread": {mode: (timed[mode]["high"] - timed[mode]["low"]) / timed[mode]["median"] for mode in MODES},
+        "clamped": clamped,
     }
+
+
+def split_trouble(measured: Mapping[str, Any]) -> str:
+    """Say why the parts of a measured step cannot be trusted; empty where they can.
+
+    Args:
+        measured: What `measure` returned.
+    """
+    signs = [f"the time of {part} came out below 0" for part in measured["clamped"]]
+    widest = max(measured["spread"].values())
+    if widest > SPREAD:
+        signs.append(f"the rounds spread by {widest:.0%}")
+    return f"The machine is too busy or the model too small to split the step: {', '.join(signs)}." if signs else ""
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
@@ -228,23 +244,22 @@ def free_memory(device: torch.device) -> float:
 class _Steps(Bench):
     """Steps without the optimizer, whose work does not depend on the mode."""
 
-    def __init__(self, model: Any, batch: dict[str, Any], settings: DualSpeedConfig, autocast: Any) -> None:
-        super().__init__(model, batch, settings)
-        self.autocast = autocast
+    def __init__(self, model: Any, batch: dict[str, Any], settings: DualSpeedConfig, arguments: Any) -> None:
+        super().__init__(model, batch, settings, arguments)
         self.host = open_host(model)
         # Where only adapters inside the blocks are trained, the gradient still runs through everything behind them.
         self.host.model.get_input_embeddings().register_forward_hook(_with_gradient)
 
     def _update(self) -> None:
-        with self.autocast():
-            loss = self.model(**self.batch).loss
-        loss.backward()
+        self._backward()
         self.model.zero_grad(set_to_none=True)
 
     def encode(self) -> None:
         """Run the vision tower and the projector alone, backward too where they are trained."""
         with self.autocast():
             blocks = encode_images(self.host, self.batch).blocks
+            if not blocks:
+                return
             total = torch.stack([block.sum() for block in blocks]).sum()
         if total.requires_grad:
             total.backward()
@@ -253,13 +268,6 @@ class _Steps(Bench):
 
 def _with_gradient(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
     return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else None
-
-
-def _autocast(arguments: Any) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-    if dtype is None:
-        return contextlib.nullcontext
-    return lambda: torch.autocast(arguments.device.type, dtype)
 
 
 def _rest(name: str) -> str:
@@ -295,20 +303,29 @@ def _update_seconds(model: nn.Module, weights: int) -> float:
     return statistics.median(taken[1:]) * weights / sum(p.numel() for p in some)
 
 
-def _parts(median: dict[str, float], chosen: Plan, few: int, update: float) -> dict[str, StepParts]:
-    """Take the timed steps apart and scale them to all blocks."""
+def _parts(median: dict[str, float], chosen: Plan, few: int, update: float) -> tuple[dict[str, StepParts], list[str]]:
+    """Take the timed steps apart and scale them to all blocks; also name the parts that came out below 0."""
+    clamped: list[str] = []
+
+    def positive(name: str, seconds: float) -> float:
+        if seconds < 0:
+            clamped.append(name)
+        return max(0.0, seconds)
+
     tower, shallow = median[TOWER], median[_rest(TOWER)]
-    more = max(0.0, tower - shallow)  # of the blocks of the tower that shallow steps lack
+    # What the blocks take that shallow steps lack; where these lack none, the two times differ by chance.
+    more = positive("the tower's blocks", tower - shallow) if chosen.tower_layers > few else 0.0
     parts = {}
     for mode in MODES:
         rest = median[_rest(mode)]
+        decoder = positive(f"the decoder in a {mode} step", median[mode] - rest - more)
         parts[mode] = StepParts(
             tower=tower + more * (chosen.tower_all - chosen.tower_layers) / max(1, chosen.tower_layers - few),
-            decoder=max(0.0, median[mode] - rest - more) * chosen.decoder_all / chosen.decoder_layers,
-            head=max(0.0, rest - shallow),
+            decoder=decoder * chosen.decoder_all / chosen.decoder_layers,
+            head=positive(f"the head in a {mode} step", rest - shallow),
             optimizer=update,
         )
-    return parts
+    return parts, clamped
 
 
 def _halves(rows: int) -> Iterator[int]:

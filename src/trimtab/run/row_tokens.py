@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
@@ -18,51 +19,36 @@ from trimtab.errors import DataError
 from trimtab.run.shallow import decoder_stack, least_tower_layers, materialise, tower_stack
 
 SAMPLE = 8
-"""Rows that are processed to count tokens and to time data loading, at most."""
+"""Rows that are processed to count tokens, to try their lengths and to time data loading, at most."""
 
 
 @dataclass
 class RowTokens:
-    """Sums over the rows that were processed.
+    """Counts of the rows that were processed.
+
+    Means weigh rows with images and rows of text alone by their shares of all rows, whatever the shares among those
+    processed. At least one row has images.
 
     Attributes:
-        text, visual, labels: Tokens in all: text, visual, supervised.
-        pixels: Values that enter the tower, over three channels.
-        images: Images of each row.
-        row_seconds: Time of reading, decoding and processing each row.
+        rows: Of each row ``images``, ``text``, ``visual``, ``labels`` (supervised tokens), ``pixels`` (values that
+            enter the tower, over three channels) and ``seconds`` (of reading, decoding and processing).
+        text_only: Share of rows without image among all rows that were looked at.
         full, kept: One entry per image: its visual tokens, and those that a fast step keeps. Where the model joins
             the images of a row, their mean.
         isolator: Isolator rows of each image in a fast step, mean.
     """
 
-    text: int = 0
-    visual: int = 0
-    labels: int = 0
-    pixels: float = 0.0
-    images: list[int] = field(default_factory=list)
-    row_seconds: list[float] = field(default_factory=list)
+    rows: list[dict[str, float]] = field(default_factory=list)
+    text_only: float = 0.0
     full: list[float] = field(default_factory=list)
     kept: list[float] = field(default_factory=list)
     isolator: float = 0.0
 
-    @property
-    def rows(self) -> int:
-        """Rows that were processed."""
-        return len(self.images)
-
     def per_row(self) -> dict[str, float]:
         """Return means per row: text, visual, kept, isolator and supervised tokens, images and pixels."""
-        images = sum(self.images)
-        sums = {
-            "text": self.text,
-            "visual": self.visual,
-            "kept": self.visual * sum(self.kept) / sum(self.full),
-            "isolator": self.isolator * images,
-            "labels": self.labels,
-            "images": images,
-            "pixels": self.pixels,
-        }
-        return {name: value / self.rows for name, value in sums.items()}
+        means = {name: self._mean(name, self.rows) for name in ("text", "visual", "labels", "images", "pixels")}
+        kept = means["visual"] * sum(self.kept) / sum(self.full)
+        return {**means, "kept": kept, "isolator": self.isolator * means["images"]}
 
     def per_image(self) -> dict[str, Any]:
         """Return least, mean and most visual tokens of an image before and after pruning, and its isolator rows."""
@@ -70,38 +56,76 @@ class RowTokens:
 
     @property
     def seconds_per_row(self) -> float:
-        """Mean time of a row, without the first where there are others: it pays for what is done once."""
-        return fmean(self.row_seconds[1:] or self.row_seconds)
+        """Mean time of a row, without the first where others tell: it pays for what is done once."""
+        later = self.rows[1:]
+        return self._mean("seconds", later if any(row["images"] for row in later) else self.rows)
+
+    def _mean(self, name: str, rows: Sequence[dict[str, float]]) -> float:
+        shown = [row[name] for row in rows if row["images"]]
+        told = [row[name] for row in rows if not row["images"]]
+        if not told:  # none was reached in time
+            told = [0.0] if name in ("images", "visual", "pixels") else shown
+        return (1 - self.text_only) * fmean(shown) + self.text_only * fmean(told)
 
 
-def read_timed(collate: SupervisedCollator, rows: Any, seconds: float) -> tuple[RowTokens, list[dict[str, Any]]]:
-    """Turn the first rows into batches of one, as the training's collator does, and time each.
+def choose_places(images: Mapping[int, int]) -> list[int]:
+    """Choose rows to process, evenly spread, with images and of text alone by turns.
 
     Args:
-        collate: The collator of the run.
+        images: Place of each row looked at -> its images; at least one row has one.
+
+    Returns:
+        At most `SAMPLE` places, beginning with a row with images. Rows of text alone come by their share, but at least
+        one where there is any, and at most half.
+    """
+    shown = [place for place, count in images.items() if count]
+    told = [place for place, count in images.items() if not count]
+    texts = min(len(told), max(1, round(SAMPLE * len(told) / len(images))), SAMPLE // 2)
+    pairs = zip_longest(_evenly(shown, SAMPLE - texts), _evenly(told, texts))
+    return [place for pair in pairs for place in pair if place is not None]
+
+
+def read_timed(
+    collate: SupervisedCollator, rows: Any, places: Sequence[int], seconds: float
+) -> tuple[RowTokens, dict[int, dict[str, Any]], dict[int, str]]:
+    """Turn rows into batches of one, as the training's collator does, and time each.
+
+    Args:
+        collate: The collator of the run, which must keep rows without labels (``empty_labels="count"``).
         rows: Rows of the run; an image is read and decoded when its row is asked for.
+        places: Which of them, in this order.
         seconds: No further row is begun after that, but for a second one.
 
     Returns:
-        Counts, still without what pruning leaves, and the batches.
-
-    Raises:
-        DataError: A row cannot be used, or no row has a visual token.
+        Counts, still without what pruning leaves; place -> batch of every row that could be processed; and place -> why
+        training would refuse the row.
     """
-    found, batches = RowTokens(), []
+    found = RowTokens()
+    batches: dict[int, dict[str, Any]] = {}
+    refused: dict[int, str] = {}
     began = time.perf_counter()
-    for place in range(min(SAMPLE, len(rows))):
+    for number, place in enumerate(places):
         start = time.perf_counter()
-        row = rows[place]
-        batch = collate([row])
-        found.row_seconds.append(time.perf_counter() - start)
-        _add(found, row, batch, collate)
-        batches.append(batch)
-        if place and time.perf_counter() - began > seconds:
+        if number >= 2 and start - began > seconds:
             break
-    if not found.visual:
-        raise DataError("The rows looked at hold no visual token, so there is nothing to prune. Are the images given?")
-    return found, batches
+        try:
+            row = rows[place]
+            batch = collate([row])
+        except DataError as cause:
+            refused[place] = str(cause)
+            continue
+        found.rows.append({**_counts(row, batch, collate), "seconds": time.perf_counter() - start})
+        batches[place] = batch
+        if not found.rows[-1]["labels"]:
+            length = int(batch["attention_mask"].sum())
+            refused[place] = _unsupervised(length, collate.max_length)
+    return found, batches, refused
+
+
+def _unsupervised(length: int, limit: int | None) -> str:
+    if limit is not None and length >= limit:
+        return f"No supervised token is left within max_length={limit}. Raise max_length, or leave the row out."
+    return "No token of its answers is supervised. Correct the answers, or leave the row out."
 
 
 def count_kept(
@@ -120,7 +144,7 @@ def count_kept(
         model: The model of the run on the meta device; it is of no use for anything else afterwards.
         settings: Those of DualSpeed.
         found: Counts of the same rows.
-        batches: One per row.
+        batches: One per row; at least one has images.
         device: Where the tower runs.
         seconds: No further row is begun after that.
 
@@ -131,9 +155,10 @@ def count_kept(
     prefix = torch.zeros(settings.isolator_tokens, view.host.width, device=device) if settings.isolator_tokens else None
     blocks = images = 0
     began = time.perf_counter()
-    for number, batch in zip(found.images, batches, strict=True):
+    for row, batch in zip(found.rows, batches, strict=True):
         if not has_images(batch):
             continue
+        number = int(row["images"])
         inputs = {name: value.to(device) for name, value in batch.items()}
         with torch.no_grad():
             encoded, layout = view.encode(inputs)
@@ -166,14 +191,16 @@ def _view(model: Any, settings: DualSpeedConfig, device: torch.device) -> FastVi
     return FastView(host, settings)
 
 
-def _add(found: RowTokens, row: Any, batch: dict[str, Any], collate: SupervisedCollator) -> None:
+def _counts(row: Any, batch: dict[str, Any], collate: SupervisedCollator) -> dict[str, float]:
     visual = int(torch.isin(batch["input_ids"], torch.tensor(collate.image_token_ids)).sum())
-    found.visual += visual
-    found.text += int(batch["attention_mask"].sum()) - visual
-    found.labels += int((batch["labels"] != collate.ignore_index).sum())
-    found.images.append(len(row["images"]))
-    if (values := batch.get("pixel_values")) is not None:
-        found.pixels += values.numel() / 3  # flat patches (Qwen) are rows of three channels too
+    pixels = batch.get("pixel_values")
+    return {
+        "images": len(row["images"]),
+        "text": int(batch["attention_mask"].sum()) - visual,
+        "visual": visual,
+        "labels": int((batch["labels"] != collate.ignore_index).sum()),
+        "pixels": 0.0 if pixels is None else pixels.numel() / 3,  # flat patches (Qwen) are rows of three channels too
+    }
 
 
 def _by_image(counts: list[int], images: int) -> list[float]:
@@ -183,3 +210,11 @@ def _by_image(counts: list[int], images: int) -> list[float]:
 
 def _spread(values: list[float]) -> dict[str, float]:
     return {"min": min(values), "mean": fmean(values), "max": max(values)}
+
+
+def _evenly(values: Sequence[int], count: int) -> list[int]:
+    """Return `count` values, the first and the last among them, or all where there are fewer."""
+    if count >= len(values):
+        return list(values)
+    last = max(1, count - 1)
+    return [values[round(number * (len(values) - 1) / last)] for number in range(count)]
