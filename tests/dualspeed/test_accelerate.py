@@ -31,6 +31,7 @@ def forget_precision() -> None:
 
 @pytest.fixture(autouse=True)
 def clean_state() -> Iterator[None]:
+    forget_precision()  # a Trainer of another test has made the state that all share
     yield
     forget_precision()
 
