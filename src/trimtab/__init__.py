@@ -14,13 +14,20 @@ if TYPE_CHECKING:
     from trimtab.data import SupervisedCollator as SupervisedCollator
     from trimtab.data import load_rows as load_rows
     from trimtab.data import validate_rows as validate_rows
+    from trimtab.dualspeed import BucketSampler as BucketSampler
     from trimtab.dualspeed import DualSpeedCallback as DualSpeedCallback
     from trimtab.dualspeed import DualSpeedConfig as DualSpeedConfig
     from trimtab.dualspeed import DualSpeedHandle as DualSpeedHandle
+    from trimtab.dualspeed import PackSampler as PackSampler
     from trimtab.dualspeed import PrunedInference as PrunedInference
+    from trimtab.dualspeed import SampleLength as SampleLength
+    from trimtab.dualspeed import Samples as Samples
     from trimtab.dualspeed import attach as attach
     from trimtab.dualspeed import detach as detach
+    from trimtab.dualspeed import load_lengths as load_lengths
+    from trimtab.dualspeed import measure_lengths as measure_lengths
     from trimtab.dualspeed import prune_for_inference as prune_for_inference
+    from trimtab.dualspeed import save_lengths as save_lengths
     from trimtab.dualspeed import with_dualspeed as with_dualspeed
     from trimtab.errors import DataError as DataError
     from trimtab.errors import HostLibraryError as HostLibraryError
@@ -45,6 +52,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "BucketSampler": "trimtab.dualspeed",
     "DataError": "trimtab.errors",
     "DualSpeedCallback": "trimtab.dualspeed",
     "DualSpeedConfig": "trimtab.dualspeed",
@@ -52,10 +60,13 @@ _PUBLIC = {
     "HostLibraryError": "trimtab.errors",
     "MissingExtraError": "trimtab.errors",
     "OutputError": "trimtab.errors",
+    "PackSampler": "trimtab.dualspeed",
     "PrunedInference": "trimtab.dualspeed",
     "Pruner": "trimtab.pruners",
     "PrunerInput": "trimtab.pruners",
     "RankDisagreementError": "trimtab.errors",
+    "SampleLength": "trimtab.dualspeed",
+    "Samples": "trimtab.dualspeed",
     "Selection": "trimtab.pruners",
     "SettingError": "trimtab.errors",
     "SupervisedCollator": "trimtab.data",
@@ -69,11 +80,14 @@ _PUBLIC = {
     "check_model": "trimtab.anatomy",
     "detach": "trimtab.dualspeed",
     "exact_match": "trimtab.evaluate",
+    "load_lengths": "trimtab.dualspeed",
     "load_rows": "trimtab.data",
+    "measure_lengths": "trimtab.dualspeed",
     "prune_for_inference": "trimtab.dualspeed",
     "pruner_names": "trimtab.pruners",
     "register_pruner": "trimtab.pruners",
     "render_report": "trimtab.report",
+    "save_lengths": "trimtab.dualspeed",
     "validate_rows": "trimtab.data",
     "with_dualspeed": "trimtab.dualspeed",
 }

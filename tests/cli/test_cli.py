@@ -18,7 +18,7 @@ import pytest
 import typer
 from tests.documents.test_documents import check_command
 
-from trimtab.cli import house_commands, main, run_commands, show
+from trimtab.cli import cache_commands, house_commands, main, run_commands, show
 from trimtab.cli.app import app
 from trimtab.errors import SettingError, TrimtabWarning
 
@@ -33,7 +33,18 @@ def run(*arguments: str) -> int:
 
 
 def test_the_commands_are_those_of_the_house() -> None:
-    promised = {"quickstart", "train", "eval", "export", "check", "bench", "methods", "validate-data", "report"}
+    promised = {
+        "quickstart",
+        "train",
+        "eval",
+        "export",
+        "check",
+        "bench",
+        "methods",
+        "validate-data",
+        "report",
+        "cache",
+    }
     assert set(COMMANDS) == promised
 
 
@@ -206,7 +217,7 @@ def test_quickstart_hands_over_its_options(monkeypatch: pytest.MonkeyPatch, caps
 def test_files_of_commands_enter_what_they_define() -> None:
     defined = {
         name
-        for module in (house_commands, run_commands)
+        for module in (cache_commands, house_commands, run_commands)
         for name, value in vars(module).items()
         if callable(value) and getattr(value, "__module__", "") == module.__name__ and not name.startswith("_")
     } - {"add_to"}

@@ -38,6 +38,7 @@ from tests.conformance.family_tools import (
     survivors,
     watched_features,
 )
+from tests.conformance.packed_check import packed
 from tests.dualspeed.common import training_arguments
 from tests.tiny import IMAGE, VIDEO, TinyFamily
 from torch import Tensor
@@ -330,6 +331,7 @@ CHECKS: dict[str, Callable[[TinyFamily], None]] = {
     "rows_alone": rows_alone,
     "gradients": gradients,
     "losses": losses,
+    "packed": packed,
     "head": head,
     "trains": trains,
     "half": half,

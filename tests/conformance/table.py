@@ -82,7 +82,10 @@ def _cell(family: TinyFamily, check: str, reasons: list[str]) -> str:
         if family.videos is None:
             return "–"
         return "yes" if family.mixed else "yes" + _note("Images and videos cannot be in one batch.", reasons)
-    reason = getattr(family, OPTIONS[check]) if check in OPTIONS else ""
+    if check == "packed":
+        reason = FAMILIES[family.name].unpackable
+    else:
+        reason = getattr(family, OPTIONS[check]) if check in OPTIONS else ""
     return "no" + _note(reason, reasons) if reason else "yes"
 
 

@@ -47,14 +47,16 @@ def check_trimtab(words: list[str]) -> None:
     options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
     for word in (word.partition("=")[0] for word in words[1:] if word.startswith("-")):
         taken = words[0] in TAKES_SETTINGS and word[2:] in settings_names()
-        bench = words[:2] == ["bench", "pruners"] and word[2:] in bench_arguments()
+        bench = words[0] == "bench" and word[2:] in bench_arguments(words[1])
         assert word in options or taken or bench, f"trimtab {words[0]} has no option {word}"
 
 
-def bench_arguments() -> set[str]:
+def bench_arguments(kind: str) -> set[str]:
     from trimtab.bench.pruners import bench_pruners
+    from trimtab.run.bench_training import bench_training
 
-    return set(inspect.signature(bench_pruners).parameters)
+    functions = {"pruners": bench_pruners, "training": bench_training}
+    return set(inspect.signature(functions[kind]).parameters) if kind in functions else set()
 
 
 def check_command(words: list[str]) -> None:
@@ -88,6 +90,7 @@ def test_every_command_exists_with_its_options(path: Path) -> None:
         "trimtab nonsense",
         "trimtab train --learning_rat 1",
         "trimtab export --fast",
+        "trimtab bench training --text_men 40",
         "python none.py",
         "python -m none.at_all",
     ],

@@ -28,7 +28,16 @@ def test_examples_are_short(path: Path) -> None:
 
 
 def test_these_are_the_examples() -> None:
-    names = ["lora", "own_pruner", "plain_loop", "trainer_two_lines", "trl_plain", "trl_two_lines", "two_gpus"]
+    names = [
+        "cached_tower",
+        "lora",
+        "own_pruner",
+        "plain_loop",
+        "trainer_two_lines",
+        "trl_plain",
+        "trl_two_lines",
+        "two_gpus",
+    ]
     assert [path.stem for path in EXAMPLES] == names
 
 
@@ -51,6 +60,11 @@ def test_the_lora_example_leaves_an_adapter_and_an_ordinary_model(tmp_path: Path
     assert all("lora" in key and "language_model" in key for key in adapter)
     _, info = LlavaForConditionalGeneration.from_pretrained(str(tmp_path / "merged"), output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_the_cache_changes_no_loss() -> None:
+    plain, cached = load(ROOT / "examples" / "cached_tower.py").main(epochs=1)
+    assert plain == cached
 
 
 def test_the_own_pruner_keeps_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,14 +140,15 @@ def resume_at_different_steps() -> Any:
 
 
 def mixed_kinds() -> Any:
-    """One rank has images, the other videos, and the model is sharded."""
+    """One rank has images, the other videos, and the model is sharded; rank 1 alone has a slow row."""
     from trimtab.dualspeed.ranks import share_step
 
     rank = distributed.get_rank()
-    shared = share_step([rank == 0, False], torch.tensor(3 + rank))
+    labels = torch.tensor([3 + rank, 2])
+    shared = share_step([rank == 0, False], labels, [0] if rank else [])
     with pytest.raises(RankDisagreementError, match="videos"):
-        share_step([rank == 0, rank == 1], torch.tensor(1))
-    return shared.visual, shared.labels
+        share_step([rank == 0, rank == 1], labels, [])
+    return shared.visual, shared.labels, shared.slow_labels, shared.slow
 
 
 def refuse_a_sharded_model() -> Any:
@@ -202,4 +203,4 @@ def several() -> dict[str, Any]:
 def test_what_two_ranks_refuse_and_share(tmp_path: Path) -> None:
     for rank in on_ranks(tmp_path, several):
         assert "trace" not in rank, rank["trace"]
-        assert rank == {"resume": "stopped", "kinds": (True, 4), "sharded": "refused", "outside": []}
+        assert rank == {"resume": "stopped", "kinds": (True, 5, 4, True), "sharded": "refused", "outside": []}

@@ -150,6 +150,9 @@ def test_an_arm_of_equal_time_takes_the_steps_that_fit() -> None:
     }
     assert equal_time_steps(records, arm_of("full_equal_time")) == 40
     assert equal_time_steps(records, arm_of("full")) is None
+    records["full_packed"] = {"results": {"steps": 100, "seconds_train": 40.0}}
+    records["dualspeed_packed"] = {"results": {"steps": 100, "seconds_train": 10.0}}
+    assert equal_time_steps(records, arm_of("full_packed_equal_time")) == 25
 
 
 def test_an_unknown_arm_names_the_nearest() -> None:

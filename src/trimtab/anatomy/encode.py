@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from math import isqrt
+from math import isqrt, prod
 from typing import Any
 
 import torch
 
 from trimtab.anatomy.families import Host, Modality, open_host
 from trimtab.anatomy.frames import drop_masked, frame_tiles
+from trimtab.anatomy.frozen_parts import without_frozen_gradients
 from trimtab.anatomy.inside import call_inside
 from trimtab.anatomy.tower import OBSERVABLE_TOWERS, Observed, block_trouble, observe_tower
+from trimtab.anatomy.tower_stop import stop_tower
 from trimtab.anatomy.views import view_filler, view_tiles
 from trimtab.errors import HostLibraryError, SettingError
+from trimtab.ops.host import copy_to, to_device
 from trimtab.ops.label_head import IGNORED
 from trimtab.ops.repack import gather_places, repack_index
 from trimtab.shapes import Bool, Float, Int, Tensor
@@ -28,7 +31,16 @@ SHAPES = ("image_sizes", "image_position_ids", "video_position_ids", "spatial_sh
 """Arguments of encoders that take images of any shape; how many tokens come does not tell rows from columns."""
 PATCHES = ("image_grid_hw", "target_sizes", "target_sizes_videos")
 """Arguments with rows and columns of patches of each image or frame."""
+SIZES = (
+    "image_sizes", "image_grid_thw", "video_grid_thw", "image_grid_hw", "target_sizes", "target_sizes_videos",
+    "image_grids", "video_grids", "patches_grid", "num_local_patches", "batch_num_images", "num_frames_per_video",
+    "video_merge_sizes",
+)  # fmt: skip
+"""Arguments of encoders with sizes and counts that decide shapes, so that the host must know them. Where the batch
+carries ``row_notes`` with copies that never left the host (``sizes``), these are read, and the host need not wait."""
 CHOICES = ("vision_feature_layer", "vision_feature_select_strategy")
+TowerContext = Callable[[Host, frozenset[str]], contextlib.AbstractContextManager[Observed]]
+"""What observes the vision tower, and may stand in for it; `observe_tower` is one."""
 OBSERVED = ("hidden", "cls_attention", "keys")
 
 
@@ -90,7 +102,7 @@ class Words:
         if len(set(rows)) == 1:
             one = slice(rows[0], rows[0] + 1)
             return self.embeddings[one].expand(len(rows), -1, -1), self.counts[one].expand(len(rows), -1)
-        index = torch.tensor(rows, device=self.counts.device)
+        index = to_device(rows, self.counts.device)
         return self.embeddings[index], self.counts[index]
 
 
@@ -118,13 +130,16 @@ def supplied_needs(model: Any) -> frozenset[str]:
     return frozenset({"text", "hidden"} if block_trouble(host) else {"text", "hidden", "cls_attention", "keys"})
 
 
-def encode_images(model: Any, batch: Mapping[str, Any], needs: frozenset[str] = NOTHING) -> EncodedImages:
+def encode_images(
+    model: Any, batch: Mapping[str, Any], needs: frozenset[str] = NOTHING, tower: TowerContext | None = None
+) -> EncodedImages:
     """Encode the images and videos of a batch once, through the model's own encoders.
 
     Args:
         model: The model, or what `open_host` made of it.
         batch: Arguments of its forward; entries that its encoders take are used.
         needs: What to observe on the way, a subset of `supplied_needs`.
+        tower: What stands for `observe_tower` while images are encoded, or None; not asked for videos.
 
     Returns:
         The features and what was observed, block by block.
@@ -138,10 +153,10 @@ def encode_images(model: Any, batch: Mapping[str, Any], needs: frozenset[str] = 
     _refuse_choices(host, batch)
     missing = needs - supplied_needs(host)
     if missing:
-        tower = host.family.tower and host.model.config.vision_config.model_type in OBSERVABLE_TOWERS
+        known = host.family.tower and host.model.config.vision_config.model_type in OBSERVABLE_TOWERS
         raise SettingError(
             f"{type(host.model).__name__} cannot supply {', '.join(sorted(missing))}, which the pruner needs. "
-            f"{block_trouble(host) if tower else ''}Choose one that needs features only, such as 'divprune'."
+            f"{block_trouble(host) if known else ''}Choose one that needs features only, such as 'divprune'."
         )
     kinds = [kind for kind in host.modalities if batch.get(kind.pixels) is not None]
     if batch.get("pixel_values_videos") is not None and "video" not in [kind.name for kind in kinds]:
@@ -149,7 +164,7 @@ def encode_images(model: Any, batch: Mapping[str, Any], needs: frozenset[str] = 
             f"The batch holds videos (pixel_values_videos), but those of {type(host.model).__name__} are not "
             "supported. Give images; trimtab.check_model(model).notes says more."
         )
-    parts = [_encode(host, kind, batch, needs) for kind in kinds]
+    parts = [_encode(host, kind, batch, needs, tower if kind.name == "image" else None) for kind in kinds]
     grids = {part.grid for part in parts}
     return EncodedImages(
         outputs={name: output for part in parts for name, output in part.outputs.items()},
@@ -174,7 +189,9 @@ def _refuse_choices(host: Host, batch: Mapping[str, Any]) -> None:
             )
 
 
-def _encode(host: Host, kind: Modality, batch: Mapping[str, Any], needs: frozenset[str]) -> EncodedImages:
+def _encode(
+    host: Host, kind: Modality, batch: Mapping[str, Any], needs: frozenset[str], tower: TowerContext | None
+) -> EncodedImages:
     """Encode what a batch has of one modality."""
     observed_needs = needs - {"text"}
     if kind.name == "video" and observed_needs:
@@ -184,11 +201,20 @@ def _encode(host: Host, kind: Modality, batch: Mapping[str, Any], needs: frozens
         )
     arguments = {name: batch[name] for name in kind.arguments if batch.get(name) is not None}
     parameters = dict(zip(kind.arguments, kind.parameters, strict=True))
-    with observe_tower(host, needs) if observed_needs else contextlib.nullcontext() as observed:
+    known = getattr(batch.get("row_notes"), "sizes", {})
+    on_host = {name: known[name] for name in SIZES if name in arguments and name in known}
+    if host.family.tiles == "packed" and "image_sizes" in arguments:
+        # Read image by image, by the encoder as well.
+        if "image_sizes" not in on_host:
+            on_host["image_sizes"] = torch.as_tensor(arguments["image_sizes"]).cpu()
+        arguments["image_sizes"] = on_host["image_sizes"]
+    watch = tower or (observe_tower if observed_needs else None)
+    observing = contextlib.nullcontext() if watch is None else watch(host, observed_needs)
+    # stop_tower leaves towers alone whose forward somebody has replaced, so it comes before what replaces it here.
+    with observing as observed, stop_tower(host), without_frozen_gradients(host):
         named = {parameters[name]: _typed(host, value) for name, value in arguments.items()}
         output = call_inside(host.base, partial(getattr(host.base, kind.encoder), **named, return_dict=True))
-    if host.family.tiles == "packed" and "image_sizes" in arguments:
-        arguments["image_sizes"] = torch.as_tensor(arguments["image_sizes"]).cpu()  # read there image by image
+    arguments |= on_host
     entries = _entries(host, kind, arguments, batch, output)
     tiles = _tiles(host, kind, arguments, entries, output)
     if kind.mask is not None and batch.get(kind.mask) is not None:
@@ -246,16 +272,21 @@ def _entries(
 
 def _split_at_runs(features: Tensor, ids: Int[Tensor, "row seq"], kind: Modality) -> list[Tensor]:
     """Cut [token, width] features where placeholders do not stand side by side; all in one if their counts differ."""
-    holds = torch.nn.functional.pad(torch.isin(ids, ids.new_tensor(kind.token_ids)), (1, 0)).flatten()
+    found = torch.stack([ids == token for token in kind.token_ids]).any(0).cpu()
+    holds = torch.nn.functional.pad(found, (1, 0)).flatten()
     starts = holds & ~holds.roll(1)
     runs: list[int] = torch.bincount(starts.cumsum(0)[holds] - 1).tolist()
     return list(features.split(runs)) if sum(runs) == features.shape[0] else [features]
 
 
 def question_embeddings(
-    model: Any, batch: Mapping[str, Any], placeholder: Bool[Tensor, "row seq"], block_rows: list[int]
+    model: Any,
+    batch: Mapping[str, Any],
+    placeholder: Bool[Tensor, "row seq"],
+    block_rows: list[int],
+    most: int | None = None,
 ) -> Words:
-    """Embeddings of the words around each block that are not answers; waits for the device once.
+    """Embeddings of the words around each block that are not answers; waits for the device once without ``most``.
 
     Words are the tokens of the block's row that are neither placeholders nor padding nor supervised, so an answer
     can never steer which tokens are kept. Only they are embedded.
@@ -265,6 +296,7 @@ def question_embeddings(
         batch: Arguments of its forward with ``input_ids``.
         placeholder: Which places hold a visual token.
         block_rows: Row of each block.
+        most: A number of words that no row has more of, where the host knows one.
 
     Returns:
         The words of each row.
@@ -275,7 +307,8 @@ def question_embeddings(
         words = words & batch["attention_mask"].bool()
     if batch.get("labels") is not None:
         words = words & (batch["labels"] == IGNORED)
-    source, counts = repack_index(words, max(1, int(words.sum(1).max())), pad_left=False)
+    length = int(words.sum(1).max()) if most is None else most
+    source, counts = repack_index(words, max(1, length), pad_left=False)
     with torch.no_grad():
         embeddings = open_host(model).model.get_input_embeddings()(gather_places(ids, source, counts, 0))
     return Words(embeddings, counts, block_rows)
@@ -308,9 +341,9 @@ def _grid(host: Host, kind: Modality, arguments: dict[str, Any], tiles: list[lis
     named = (arguments.get(name) for name in (f"{kind.name}_grid_thw", *PATCHES))
     patches = next((given for given in named if given is not None), None)
     if patches is not None:  # images of any shape: frames, rows and columns of patches, several of which make a token
-        whole = int(patches.prod(-1).sum())
-        merge = max(1, isqrt(whole // max(1, sum(map(sum, tiles)))))
-        shapes = {(rows // merge, columns // merge) for rows, columns in patches[:, -2:].tolist()}
+        listed = patches.tolist()
+        merge = max(1, isqrt(sum(map(prod, listed)) // max(1, sum(map(sum, tiles)))))
+        shapes = {(rows // merge, columns // merge) for *_, rows, columns in listed}
         shape = next(iter(shapes))
         fits = all(count == shape[0] * shape[1] for block in tiles for count in block)
         return shape if len(shapes) == 1 and fits else None
@@ -328,21 +361,21 @@ def _filler(
     if kind.name == "image" and host.family.tiles == "views":
         return view_filler(host.base, arguments, blocks, output)
     if kind.name == "image" and host.family.tiles == "lines":
-        return _line_filler(host, arguments)
+        return _line_filler(host, arguments, [block.device for block in blocks])
     if kind.name == "video" or host.family.tiles != "packed":
         return [None] * len(blocks)
     marks = _pack(host, arguments, None, newline=0.0)
     device = arguments["pixel_values"].device
-    return [((mark[:, 0] == 0).to(device), int((mark == 0).sum())) for mark in marks]
+    return [(copy_to(mark[:, 0] == 0, device), int((mark == 0).sum())) for mark in marks]
 
 
-def _line_filler(host: Host, arguments: dict[str, Any]) -> list[tuple[Tensor, int] | None]:
+def _line_filler(host: Host, arguments: dict[str, Any], devices: list[torch.device]) -> list[tuple[Tensor, int] | None]:
     """First token, newlines and last token of images in lines."""
     side = int(host.model.config.vision_config.spatial_merge_size)
     grids = arguments["image_grid_thw"]
     found: list[tuple[Tensor, int] | None] = []
-    for _, rows, columns in grids.tolist():
-        lines = torch.zeros(rows // side, columns // side + 1, dtype=torch.bool, device=grids.device)
+    for (_, rows, columns), device in zip(grids.tolist(), devices, strict=True):
+        lines = torch.zeros(rows // side, columns // side + 1, dtype=torch.bool, device=device)
         lines[:, -1] = True
         found.append((torch.nn.functional.pad(lines.flatten(), (1, 1), value=True), rows // side + 2))
     return found

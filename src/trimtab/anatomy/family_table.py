@@ -34,6 +34,9 @@ DISTANCES = "Attention counts distances over the tokens that are there, so that 
 LINES = "Tokens that end a line of an image belong to the text and stay."
 TIMM_MAP = "Released models have a vision tower of timm, which must be installed; the tests have a stand-in for it."
 INDEXED = "Indexed layers look at a budget of best places: in longer sequences dropping a token makes room for another."
+ONE_STATE = "its layers of linear attention, convolution or Mamba carry a state from row to row."
+ONE_BUDGET = "its indexed layers choose the best places of all rows together."
+ONE_CHUNK = "its chunks of attention are counted from the beginning of the pack, not of each row."
 ONE_KIND = "Images and videos have one placeholder, so that a batch holds images or videos but not both."
 SOUND = "Audio tokens are not pruned."
 HUNYUAN_ROWS = (
@@ -66,6 +69,9 @@ class Family:
         logits: How the model's own forward turns the scores of the head into logits; most forwards leave them as they
             are, whatever the text configuration names. Names that it lacks are passed over.
         first_position: Position of a row's first token where the model counts them itself.
+        unpackable: Why its rows cannot be put one behind the other into one, or "".
+        packs_by_positions: Whether transformers keeps the rows of a pack apart where it finds them by their positions
+            (eager and flex attention).
         video_placeholder: What stands for a token of a video: ``"own"`` for ``config.video_token_id``, ``"image"``
             for the placeholder of images, so that a batch holds images or videos but not both, ``"span"`` for the
             placeholder of images between ``config.video_start_token_id`` and ``config.video_end_token_id``,
@@ -84,6 +90,8 @@ class Family:
     recurrent: bool = False
     logits: tuple[Step, ...] = ()
     first_position: int = 0
+    unpackable: str = ""
+    packs_by_positions: bool = True
     video_placeholder: Literal["own", "image", "span", "none"] = "own"
     casts_pixels: bool = False
     carried: tuple[str, ...] = ()
@@ -120,6 +128,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_vl_hybrid": Family("DeepseekVLHybridForConditionalGeneration"),
     "dots3_note": Family(
         "Dots3NoteForConditionalGeneration",
+        unpackable=ONE_BUDGET,
         notes=(
             "Full layers look at the index_topk best places (2048): in longer sequences dropping a token makes room "
             "for another.",
@@ -146,12 +155,16 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma3": Family(
         "Gemma3ForConditionalGeneration",
+        packs_by_positions=False,
         notes=(BLOCKS, SLIDING, NO_CAP),
     ),
     "gemma3n": Family("Gemma3nForConditionalGeneration", logits=CAPPED, notes=(SLIDING, TIMM_MAP, SOUND, NO_BLANK)),
-    "gemma4": Family("Gemma4ForConditionalGeneration", logits=CAPPED, notes=(BLOCKS, SLIDING, SOUND)),
+    "gemma4": Family(
+        "Gemma4ForConditionalGeneration", packs_by_positions=False, logits=CAPPED, notes=(BLOCKS, SLIDING, SOUND)
+    ),
     "gemma4_unified": Family(
         "Gemma4UnifiedForConditionalGeneration",
+        packs_by_positions=False,
         logits=CAPPED,
         notes=(
             "There is no vision tower: visual tokens are projected patches.",
@@ -164,7 +177,11 @@ FAMILIES: dict[str, Family] = {
     "glm4v": Family("Glm4vForConditionalGeneration", video_placeholder="image", notes=(ONE_KIND,)),
     "glm4v_moe": Family("Glm4vMoeForConditionalGeneration", video_placeholder="image", notes=(ONE_KIND,)),
     "glm5_next": Family(
-        "Glm5NextForConditionalGeneration", video_placeholder="span", recurrent=True, notes=(LINEAR, INDEXED)
+        "Glm5NextForConditionalGeneration",
+        unpackable=ONE_STATE,
+        video_placeholder="span",
+        recurrent=True,
+        notes=(LINEAR, INDEXED),
     ),
     "glm_ocr": Family("GlmOcrForConditionalGeneration", video_placeholder="image", notes=(ONE_KIND,)),
     "glmga": Family("Glm46VForConditionalGeneration", video_placeholder="image", notes=(ONE_KIND,)),
@@ -185,7 +202,9 @@ FAMILIES: dict[str, Family] = {
             "The loss of its density router (router_labels) is not part of DualSpeed's loss.",
         ),
     ),
-    "hunyuan_vl": Family("HunYuanVLForConditionalGeneration", tiles="lines", notes=(HUNYUAN_ROWS,)),
+    "hunyuan_vl": Family(
+        "HunYuanVLForConditionalGeneration", packs_by_positions=False, tiles="lines", notes=(HUNYUAN_ROWS,)
+    ),
     "hyperclovax_vision_v2": Family(
         "HyperCLOVAXVisionV2ForConditionalGeneration", logits=(("multiply", "logits_scaling"),)
     ),
@@ -193,12 +212,14 @@ FAMILIES: dict[str, Family] = {
     "idefics3": Family("Idefics3ForConditionalGeneration", tiles="square"),
     "inkling2": Family(
         "Inkling2ForConditionalGeneration",
+        unpackable=ONE_STATE,
         recurrent=True,
         logits=(*CAPPED, ("first", "unpadded_vocab_size")),
         notes=(CONVOLUTION, SLIDING, DISTANCES),
     ),
     "inkling_mm_model": Family(
         "InklingForConditionalGeneration",
+        unpackable=ONE_STATE,
         tiles="runs",
         recurrent=True,
         logits=(("divide", "logits_mup_width_multiplier"), ("first", "unpadded_vocab_size")),
@@ -223,11 +244,16 @@ FAMILIES: dict[str, Family] = {
             "features as if the frames of a chunk were not merged.",
         ),
     ),
-    "lfm2_vl": Family("Lfm2VlForConditionalGeneration", recurrent=True, notes=(TILES, CONVOLUTION)),
-    "lfm3_vl": Family("Lfm3VlForConditionalGeneration", recurrent=True, notes=(CONVOLUTION, SLIDING)),
+    "lfm2_vl": Family(
+        "Lfm2VlForConditionalGeneration", unpackable=ONE_STATE, recurrent=True, notes=(TILES, CONVOLUTION)
+    ),
+    "lfm3_vl": Family(
+        "Lfm3VlForConditionalGeneration", unpackable=ONE_STATE, recurrent=True, notes=(CONVOLUTION, SLIDING)
+    ),
     "lighton_ocr": Family("LightOnOcrForConditionalGeneration", notes=(LINES,)),
     "llama4": Family(
         "Llama4ForConditionalGeneration",
+        unpackable=ONE_CHUNK,
         features="last_hidden_state",
         width="vision_output_dim",
         notes=(
@@ -243,11 +269,18 @@ FAMILIES: dict[str, Family] = {
     "llava_next": Family("LlavaNextForConditionalGeneration", tiles="packed", tower=True),
     "llava_next_video": Family("LlavaNextVideoForConditionalGeneration", tiles="packed", tower=True),
     "llava_onevision": Family("LlavaOnevisionForConditionalGeneration", tiles="packed", tower=True),
-    "minicpm_ocr": Family("MiniCPMOcrForConditionalGeneration", recurrent=True, notes=(SLICES, LINEAR)),
-    "minicpmv4_6": Family("MiniCPMV4_6ForConditionalGeneration", recurrent=True, notes=(SLICES, LINEAR)),
-    "minicpmv4_7": Family("MiniCPMV4_7ForConditionalGeneration", recurrent=True, notes=(SLICES, LINEAR)),
+    "minicpm_ocr": Family(
+        "MiniCPMOcrForConditionalGeneration", unpackable=ONE_STATE, recurrent=True, notes=(SLICES, LINEAR)
+    ),
+    "minicpmv4_6": Family(
+        "MiniCPMV4_6ForConditionalGeneration", unpackable=ONE_STATE, recurrent=True, notes=(SLICES, LINEAR)
+    ),
+    "minicpmv4_7": Family(
+        "MiniCPMV4_7ForConditionalGeneration", unpackable=ONE_STATE, recurrent=True, notes=(SLICES, LINEAR)
+    ),
     "minimax_m3_vl": Family(
         "MiniMaxM3SparseForConditionalGeneration",
+        unpackable=ONE_BUDGET,
         notes=(
             "Sparse layers look at the best blocks of index_block_size places (128), counted over the tokens that are "
             "there: in sequences of more than index_topk_blocks of them, dropping a token is not the same as masking "
@@ -257,6 +290,7 @@ FAMILIES: dict[str, Family] = {
     "mistral3": Family("Mistral3ForConditionalGeneration", notes=(LINES,)),
     "mistral_large4": Family(
         "MistralLarge4ForConditionalGeneration",
+        unpackable=ONE_BUDGET,
         logits=CAPPED,
         notes=(
             LINES,
@@ -266,6 +300,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "molmo2": Family(
         "Molmo2ForConditionalGeneration",
+        packs_by_positions=False,
         video_placeholder="image",
         notes=(ONE_KIND, "The small view and the large view of an image are pruned each by itself.", NO_BLANK),
     ),
@@ -273,6 +308,7 @@ FAMILIES: dict[str, Family] = {
     "muse_spark": Family("MuseSparkForConditionalGeneration", logits=MUSE_LOGITS, notes=(SLIDING, SOUND)),
     "nemotron_h_omni": Family(
         "NemotronH_Omni_Reasoning_V3",
+        unpackable=ONE_STATE,
         recurrent=True,
         video_placeholder="none",
         notes=(
@@ -290,6 +326,7 @@ FAMILIES: dict[str, Family] = {
     "paddleocr_vl": Family("PaddleOCRVLForConditionalGeneration"),
     "paligemma": Family(
         "PaliGemmaForConditionalGeneration",
+        packs_by_positions=False,
         logits=CAPPED,
         first_position=1,
         notes=(
@@ -304,12 +341,14 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_omni_thinker": Family("Qwen2_5OmniThinkerForConditionalGeneration", notes=(SOUND,)),
     "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration"),
     "qwen2_vl": Family("Qwen2VLForConditionalGeneration"),
-    "qwen3_5": Family("Qwen3_5ForConditionalGeneration", recurrent=True, notes=(LINEAR,)),
-    "qwen3_5_moe": Family("Qwen3_5MoeForConditionalGeneration", recurrent=True, notes=(LINEAR,)),
+    "qwen3_5": Family("Qwen3_5ForConditionalGeneration", unpackable=ONE_STATE, recurrent=True, notes=(LINEAR,)),
+    "qwen3_5_moe": Family("Qwen3_5MoeForConditionalGeneration", unpackable=ONE_STATE, recurrent=True, notes=(LINEAR,)),
     "qwen3_omni_moe_thinker": Family("Qwen3OmniMoeThinkerForConditionalGeneration", notes=(SOUND,)),
     "qwen3_vl": Family("Qwen3VLForConditionalGeneration"),
     "qwen3_vl_moe": Family("Qwen3VLMoeForConditionalGeneration"),
-    "qwen4_exp": Family("Qwen4ExpForConditionalGeneration", recurrent=True, notes=(LINEAR, INDEXED)),
+    "qwen4_exp": Family(
+        "Qwen4ExpForConditionalGeneration", unpackable=ONE_STATE, recurrent=True, notes=(LINEAR, INDEXED)
+    ),
     "smolvlm": Family("SmolVLMForConditionalGeneration", tiles="square"),
     "step3p7": Family(
         "Step3p7ForConditionalGeneration",

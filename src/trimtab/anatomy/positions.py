@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from trimtab.anatomy.families import Host
 from trimtab.errors import SettingError
+from trimtab.ops.host import to_device
 from trimtab.shapes import Bool, Int, Tensor
 
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
@@ -17,7 +18,12 @@ PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
 def full_positions(
-    host: Host, batch: Mapping[str, Any], real: Bool[Tensor, "row seq"], types: Int[Tensor, "row seq"]
+    host: Host,
+    batch: Mapping[str, Any],
+    real: Bool[Tensor, "row seq"],
+    types: Int[Tensor, "row seq"],
+    *,
+    from_row: bool = False,
 ) -> Int[Tensor, "axis row seq"]:
     """Positions of the full sequence: those given, or those that the model would count.
 
@@ -26,6 +32,7 @@ def full_positions(
         batch: Arguments of its forward.
         real: Which places are not padding.
         types: What stands at each place, as ``mm_token_type_ids`` has it.
+        from_row: Count from the first token of a row, not from padding before it.
 
     Returns:
         One axis, or those of the model's multimodal positions. A further axis for the text, which some models take to
@@ -37,9 +44,29 @@ def full_positions(
         full = full[1:] if _has_text_axis(host, full) else full
         return full.expand(full.shape[0], *real.shape)
     if host.rotary == "line":
-        places = torch.arange(real.shape[1], device=real.device) + host.family.first_position
+        first = host.family.first_position
+        if from_row:
+            return (real.long().cumsum(1) - 1).clamp_min(0)[None] + first
+        places = torch.arange(real.shape[1], device=real.device) + first
         return places.expand(1, *real.shape)
     return _multimodal_positions(host, batch, real, types)
+
+
+def with_text_axis(host: Host, positions: Int[Tensor, "axis 1 length"], lengths: Sequence[int]) -> Tensor:
+    """Put the axis of the text before the multimodal positions of a pack; it says where rows begin.
+
+    Args:
+        host: The opened model.
+        positions: Those of the pack.
+        lengths: Places of each row.
+
+    Returns:
+        The positions with one axis more, or as they are where the model knows no such axis.
+    """
+    if positions.shape[0] != 3 or not _knows_text_axis(host):
+        return positions
+    text = to_device([place for length in lengths for place in range(length)], positions.device, positions.dtype)
+    return torch.cat((text[None, None], positions))
 
 
 def refuse_packed_entries(batch: Mapping[str, Any]) -> None:
@@ -94,6 +121,10 @@ _REMEDY = (
 def _has_text_axis(host: Host, positions: Tensor) -> bool:
     if host.rotary == "line" or positions.shape[0] != 4:
         return False
+    return _knows_text_axis(host)
+
+
+def _knows_text_axis(host: Host) -> bool:
     rope = getattr(host.model.config.get_text_config(), "rope_parameters", None) or {}
     return len(rope.get("mrope_section") or ()) != 4
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from trimtab.errors import setting_error
+from trimtab.ops.graphed import PATIENCE
 from trimtab.pruners import Pruner, PrunerInput, Selection, build_pruner, kept_count, pruner_names
 
 
@@ -43,7 +44,8 @@ def bench_pruners(
         A dict that JSON can hold: the settings, and under ``"pruners"`` for each name ``batched_s``, ``loop_s``
         (medians, seconds), ``ratio`` (loop over batched), ``same_picks``, and on CUDA ``peak_extra_mib`` of the
         batched call. DivPrune also has ``plain_loop_s``, ``plain_loop_ratio``, ``plain_loop_same_picks`` against
-        a loop that handles one image at a time and reads each pick back.
+        a loop that handles one image at a time and reads each pick back, and on CUDA ``graphed_s``,
+        ``graphed_ratio`` (plain over graphed) and ``graphed_same_picks`` for its picks as one CUDA graph.
 
     Raises:
         SettingError: An unknown name, or a number outside its range.
@@ -147,7 +149,27 @@ def _bench_one(name: str, inputs: PrunerInput, num_keep: int, repeats: int) -> d
         )
         row.update(_compare("plain_loop", batched, plain))
         row["plain_loop_same_picks"] = whole.index.tolist() == plain_divprune_loop(inputs.features, num_keep)
+        if device.type == "cuda":
+            row.update(_bench_graphed(pruner, inputs, num_keep, repeats))
     return row
+
+
+def _bench_graphed(pruner: Pruner, inputs: PrunerInput, num_keep: int, repeats: int) -> dict[str, Any]:
+    """Time DivPrune with its picks launched as one CUDA graph against the same without."""
+    graphed = build_pruner("divprune", {"graphed": True})
+    for _ in range(PATIENCE + 1):  # the last of these calls captures
+        found = graphed.select(inputs, num_keep)
+    one, plain = _in_turns(
+        lambda: graphed.select(inputs, num_keep),
+        lambda: pruner.select(inputs, num_keep),
+        repeats,
+        inputs.features.device,
+    )
+    return {
+        "graphed_s": statistics.median(one),
+        "graphed_ratio": statistics.median(slow / fast for fast, slow in zip(one, plain, strict=True)),
+        "graphed_same_picks": torch.equal(found.index, pruner.select(inputs, num_keep).index),
+    }
 
 
 def _compare(loop: str, batched: list[float], looped: list[float]) -> dict[str, Any]:

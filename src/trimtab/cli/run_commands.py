@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any
 
 import typer
 
 from trimtab.cli import show
-from trimtab.errors import SettingError
+from trimtab.cli.bench_commands import run_bench
+from trimtab.cli.run_files import CONFIG, JSON, load, run_file
 
-if TYPE_CHECKING:
-    from trimtab.run.config import RunConfig
-
-JSON = typer.Option(False, "--json", help="Print the record as JSON.")
-CONFIG = typer.Option(None, "--config", "-c", help="The run file (YAML); may also stand as the first argument.")
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 HINT = "Any setting of the run file may follow and beats it: --learning_rate 1e-5 --dualspeed.keep_ratio 0.2."
 
@@ -33,22 +29,6 @@ def add_to(app: typer.Typer) -> None:
     app.command(epilog="Example: trimtab export out exported")(export)
 
 
-def _load(context: typer.Context, config: Path | None) -> RunConfig:
-    from trimtab.run.config import load_config
-
-    return load_config(*_run_file(context, config))
-
-
-def _run_file(context: typer.Context, config: Path | None) -> tuple[Path, list[str]]:
-    """Return the run file, and what stands on the command line behind it."""
-    rest = list(context.args)
-    if config is None:
-        if not rest or rest[0].startswith("-"):
-            raise SettingError(f"{context.command_path} needs a run file: {context.command_path} --config run.yaml")
-        config = Path(rest.pop(0))
-    return config, rest
-
-
 def train(context: typer.Context, config: Path = CONFIG, as_json: bool = JSON) -> None:
     """Train a model on the data of a run file, with DualSpeed where the file has a `dualspeed:` block.
 
@@ -57,7 +37,7 @@ def train(context: typer.Context, config: Path = CONFIG, as_json: bool = JSON) -
     from trimtab.run.train import train as run
 
     with show.only_json(as_json):
-        record = run(_load(context, config))
+        record = run(load(context, config))
     if not show.first_process():
         return
     if as_json:
@@ -80,7 +60,7 @@ def evaluate(
     from trimtab.run.config import load_config, parse_overrides
     from trimtab.run.evaluate import evaluate as run
 
-    file, rest = _run_file(context, config)
+    file, rest = run_file(context, config)
     settings = load_config(file, rest)
     explicit = [name.split(".")[1] for name in parse_overrides(rest) if name.startswith("dualspeed.")]
     with show.only_json(as_json), show.progress_bar("rows") as progress:
@@ -108,7 +88,7 @@ def check(
     """Say in under a minute whether the model works, the data is sound, and how much there is to gain."""
     from trimtab.run.check import check as run
 
-    settings = _load(context, config)
+    settings = load(context, config)
     with show.only_json(as_json), show.progress_bar("rows, then steps") as progress:
         record = run(settings, limit=limit, progress=progress, seconds=seconds)
     if as_json:
@@ -128,55 +108,18 @@ def check(
 def bench(
     context: typer.Context,
     config: Path = CONFIG,
-    steps: int = typer.Option(20, min=1, help="Timed steps per mode."),
+    steps: int = typer.Option(None, min=1, help="Timed steps per mode, 20 by default; of `training` timed rounds, 5."),
+    out: Path = typer.Option(None, help="File for the record of `training`."),
     as_json: bool = JSON,
 ) -> None:
-    """Measure: time per step by mode, tokens and peak memory of a run file; or the pruners.
+    """Measure: time per step by mode, tokens and peak memory of a run file; ways to train; or the pruners.
 
-    `trimtab bench pruners` times every pruner in a batch and image by image; the arguments of
-    trimtab.bench.pruners.bench_pruners may follow: --names divprune --images 16 --tokens 576.
+    `trimtab bench training` compares the public recipe, the same with packing, DualSpeed as released and trimtab's, on
+    random weights and the same random samples; the arguments of trimtab.run.bench_training.bench_training may follow:
+    --size llava-1.5-7b --layers 8 --curves keep text. `trimtab bench pruners` times every pruner in a batch and image
+    by image; those of trimtab.bench.pruners.bench_pruners may follow: --names divprune --images 16 --tokens 576.
     """
-    if config is None and context.args[:1] == ["pruners"]:
-        _bench_pruners(context.args[1:], as_json)
-        return
-    from trimtab.bench import times_faster
-    from trimtab.run.bench import bench as run
-
-    settings = _load(context, config)
-    with show.only_json(as_json), show.progress_bar("steps") as progress:
-        record = run(settings, steps=steps, progress=progress)
-    if as_json:
-        show.print_json(record)
-        return
-    columns = ("mode", "seconds per step", "speed (plain is 1)", "tokens", "visual tokens", "peak MiB")
-    rows = [tuple(mode.values()) for mode in record["results"]["modes"]]
-    show.print_table("Time per step", columns, rows)
-    print(f"DualSpeed as set: {times_faster(record['results']['dualspeed_speedup'])} per step than plain training.")
-
-
-def _bench_pruners(arguments: list[str], as_json: bool) -> None:
-    from trimtab.bench.pruners import bench_pruners
-    from trimtab.records import make_record
-    from trimtab.run.config import parse_overrides
-    from trimtab.run.convert import convert_all
-
-    hints = {name: hint for name, hint in get_type_hints(bench_pruners).items() if name != "return"}
-    given = convert_all("bench pruners", parse_overrides(arguments), hints)
-    results = bench_pruners(**given)
-    if as_json:
-        show.print_json(make_record("bench_pruners", given, results, seed=results["seed"]))
-        return
-    title = "{images} images of {tokens} tokens, {kept} kept, {device}, {threads} threads".format(**results)
-    columns = ("pruner", "batched ms", "loop ms", "loop / batched", "same picks")
-    rows = [
-        (name, 1000 * row["batched_s"], 1000 * row["loop_s"], row["ratio"], row["same_picks"])
-        for name, row in results["pruners"].items()
-    ]
-    plain = results["pruners"].get("divprune")
-    if plain:
-        told = (1000 * plain["plain_loop_s"], plain["plain_loop_ratio"], plain["plain_loop_same_picks"])
-        rows.append(("divprune, picks read back", 1000 * plain["batched_s"], *told))
-    show.print_table(title, columns, rows)
+    run_bench(context, config, steps, out, as_json)
 
 
 def export(

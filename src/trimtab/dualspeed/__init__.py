@@ -15,15 +15,21 @@ from typing import TYPE_CHECKING, Any
 from trimtab.dualspeed.attach import DualSpeedHandle, attach, detach
 from trimtab.dualspeed.config import DualSpeedConfig
 from trimtab.dualspeed.inference import PrunedInference, prune_for_inference
-from trimtab.dualspeed.schedule import Mode, mode_of_step
+from trimtab.dualspeed.loader import BucketSampler, NumberedRows, PackSampler, collate_numbered
+from trimtab.dualspeed.packs import SampleLength, bucket_batches, plan_packs
+from trimtab.dualspeed.sample_lengths import load_lengths, measure_lengths, save_lengths
+from trimtab.dualspeed.samples import Samples
+from trimtab.dualspeed.schedule import Mode, mode_of_sample, mode_of_step
 from trimtab.dualspeed.trainer import with_dualspeed
 
 if TYPE_CHECKING:
     from trimtab.dualspeed.callback import DualSpeedCallback
 
 __all__ = [
-    "DualSpeedCallback", "DualSpeedConfig", "DualSpeedHandle", "Mode", "PrunedInference", "attach", "detach",
-    "mode_of_step", "prune_for_inference", "with_dualspeed",
+    "BucketSampler", "DualSpeedCallback", "DualSpeedConfig", "DualSpeedHandle", "Mode", "NumberedRows", "PackSampler",
+    "PrunedInference", "SampleLength", "Samples", "attach", "bucket_batches", "collate_numbered", "detach",
+    "load_lengths", "measure_lengths", "mode_of_sample", "mode_of_step", "plan_packs", "prune_for_inference",
+    "save_lengths", "with_dualspeed",
 ]  # fmt: skip
 
 

@@ -16,34 +16,30 @@ from typing import Any, get_args
 
 import torch
 
-from trimtab.anatomy import (
-    full_inputs,
-    has_images,
-    open_host,
-    read_rows,
-)
-from trimtab.anatomy.assemble import RowLayout
-from trimtab.anatomy.blank import encode_blank
-from trimtab.anatomy.encode import EncodedImages
+from trimtab.anatomy import has_images, open_host, placeholder_rule
+from trimtab.anatomy.packed_attention import enter_pack, use_packed_attention
+from trimtab.anatomy.recompute import pause_recompute, wraps_recompute
+from trimtab.dualspeed.cache import TowerCache
 from trimtab.dualspeed.checks import advise, changed_settings, refuse_device_map, refuse_inputs
 from trimtab.dualspeed.config import DualSpeedConfig, require_config
 from trimtab.dualspeed.isolator import ModeIsolator, fresh_isolator
+from trimtab.dualspeed.losses import losses_of_step
 from trimtab.dualspeed.metrics import StepMetrics
+from trimtab.dualspeed.prepare import StepMaker
 from trimtab.dualspeed.ranks import (
     inside_forward,
     needs_lockstep,
     process_count,
     refuse_sharded,
     require_agreement,
-    share_step,
     touch,
 )
-from trimtab.dualspeed.schedule import Mode, mode_of_step
+from trimtab.dualspeed.samples import ENTRIES, SAMPLES, NoteRows, require_samples
+from trimtab.dualspeed.schedule import Mode, mode_of_sample, mode_of_step
 from trimtab.dualspeed.step import Step, at_least_one, loss_per_label
 from trimtab.dualspeed.view import FastView, by_name
 from trimtab.errors import DataError, SettingError, TrimtabWarning, WrongOrderError, setting_error
 from trimtab.files import read_json, write_json_atomic
-from trimtab.ops.label_head import IGNORED, label_losses, states_at_labels
 from trimtab.shapes import Tensor
 
 SIDE_FILE = "dualspeed.json"
@@ -134,6 +130,8 @@ class DualSpeedHandle:
         refuse_device_map(self._host.model)
         refuse_sharded(model)
         self._view = FastView(self._host, config)
+        if config.cache_from is not None:
+            self._view.cache = TowerCache(config.cache_from, self._host, config, self._view.pruner)
         self._model = model
         self.config = config
         self._length_open = config.total_steps is None
@@ -150,7 +148,8 @@ class DualSpeedHandle:
         self.rank_facts: Callable[[], Mapping[str, Any]] = dict
         self._ranks_agree = False
         self._lockstep = False
-        self._warned_labels = False
+        self._maker = StepMaker(self._view, self._isolator_rows, self.isolator is not None)
+        self._leave_packs: Callable[[], None] = lambda: None
         self._hooks: list[Any] = []
         self._ignored: Any = None
         advise(config, self._host.decoder_trains, self.isolator)
@@ -176,7 +175,8 @@ class DualSpeedHandle:
             label, ``visual_tokens_full`` and ``visual_tokens_kept`` of the batch, ``steps_fast``, ``steps_slow``
             and ``unlabelled_batches``. What was not measured yet is None.
         """
-        return self._metrics.last()
+        cache = self._view.cache
+        return {**self._metrics.last(), **({} if cache is None else cache.metrics())}
 
     def window_metrics(self) -> dict[str, float]:
         """Return means of the same since the last call of this method, and ``slow_share``; waits for the device."""
@@ -200,7 +200,7 @@ class DualSpeedHandle:
         if not self._host.decoder_trains:
             return "fast"
         unit = self.micro_step
-        if self.config.schedule_unit == "optimizer":
+        if self.config.schedule_unit != "micro":
             counted = (self.micro_step + self._skipped) // self.accumulation_steps
             unit = self.optimizer_step() if self.optimizer_step else counted
         return mode_of_step(
@@ -220,6 +220,17 @@ class DualSpeedHandle:
         if self.config.schedule == "annealed" and self._length_open:
             self.config = replace(self.config, total_steps=total_steps)
 
+    def collator(self, collate: Callable[..., Any]) -> NoteRows:
+        """Let a collator of this model's batches count their rows, so that steps need not ask the device.
+
+        Args:
+            collate: The user's collator; also inside worker processes.
+
+        Returns:
+            One that does the same and adds the entry ``row_notes``.
+        """
+        return NoteRows(collate, placeholder_rule(self._host))
+
     def prune_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fast view of a batch: pruned features behind the isolator.
 
@@ -232,7 +243,7 @@ class DualSpeedHandle:
         if not has_images(batch):
             return dict(batch)
         with self.autocast():
-            return inside_forward(self._model, lambda: self._view.prune(batch, self._prefix, self.micro_step))
+            return inside_forward(self._model, lambda: self._view.prune(batch, self._isolator_rows(), self.micro_step))
 
     def chosen_tokens(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """Return which tokens of every image the pruner keeps; for pictures and checks."""
@@ -243,13 +254,15 @@ class DualSpeedHandle:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside weights and optimizer; plain numbers and strings."""
         counts = {"micro_step": self.micro_step, "skipped": self._skipped}
-        return {**counts, "steps": dict(self._metrics.steps), "config": self.config.to_dict()}
+        done = {"steps": dict(self._metrics.steps), "samples": dict(self._metrics.samples)}
+        return {**counts, **done, "config": self.config.to_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self._ranks_agree = False
         self.micro_step, self._skipped = int(state["micro_step"]), int(state.get("skipped", 0))
         self._metrics.steps.update(state["steps"])
+        self._metrics.samples.update(state.get("samples", {}))
 
     def save_pretrained(self, folder: str | Path, *, write: bool = True) -> None:
         """Write the side files ``dualspeed.json`` and ``isolator.safetensors``, each whole or not at all.
@@ -313,6 +326,7 @@ class DualSpeedHandle:
             hook.remove()
         self._hooks.clear()
         self._end_step()
+        self._leave_packs()
         if self.isolator is None:
             return
         self._model._modules.pop(ISOLATOR, None)
@@ -328,22 +342,44 @@ class DualSpeedHandle:
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._end_step()
         if not module.training:
-            return None
+            return self._without_entries(args, kwargs)
         inputs = by_name(self._host, args, kwargs)
         if self.config.prunes_nothing and self._forced != "slow":
             if torch.is_grad_enabled() and inputs.get("labels") is not None:
                 self._step = Step("fast", labels=inputs["labels"], items=inputs.get("num_items_in_batch"))
-            return None
+            return self._without_entries(args, kwargs)
         refuse_inputs(inputs, self.isolator)
         if not torch.is_grad_enabled():
-            return None
-        mode = self.next_mode()
-        self._check_ranks(mode)
-        with self.autocast():
-            step, inputs = self._prepare(mode, inputs)
+            return self._without_entries(args, kwargs)
+        modes = self._modes(inputs)
+        self._check_ranks(modes)
+        # Processes that must keep in step recompute alike, whatever rows they have.
+        paused = self._pause_recompute("slow" not in modes and not (self._lockstep and self._by_sample))
+        try:
+            with self.autocast():
+                inputs = self._maker.make(modes, inputs, self.micro_step, mixed=self._by_sample)
+        except BaseException:
+            paused()
+            raise
+        step: Step = inputs.pop("step")
         step.catching = True
+        step.leave += [paused, self._pause_recompute(not step.has_slow)]
         self._step = step
+        if self.config.packing:
+            step.leave.append(enter_pack())
         return (), inputs
+
+    def _pause_recompute(self, wanted: bool) -> Callable[[], None]:
+        """Let the coming forward keep its activations where that is wanted and asked for; returns the way back."""
+        if not wanted or self.config.recompute != "slow":
+            return lambda: None
+        return pause_recompute(self._model).remove
+
+    def _without_entries(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Take out what only a DualSpeed step understands, where this is none; None where there is nothing of it."""
+        if not ENTRIES & kwargs.keys():
+            return None
+        return args, {name: value for name, value in kwargs.items() if name not in ENTRIES}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _catch(self, module: Any, args: Any, output: Any) -> None:
@@ -353,11 +389,11 @@ class DualSpeedHandle:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         step = self._end_step()
-        if step is None:
+        if step is None or output is None:  # None after an exception
             return None
         self._count_call()
         if step.student is None or step.labels is None:
-            self._metrics.note(step.mode, None, None, loss_per_label(step, output), None)
+            self._metrics.note_plain(loss_per_label(step, output))
             return None
         loss = self._loss(step, self._router_loss(output))
         rest = {name: value for name, value in output.items() if name not in ("loss", "logits")}
@@ -380,73 +416,10 @@ class DualSpeedHandle:
         step, self._step = self._step, None
         if step is not None and step.pace is not None:
             step.pace.remove()
+        if step is not None:
+            while step.leave:
+                step.leave.pop()()
         return step
-
-    def _prepare(self, mode: Mode, inputs: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
-        """Turn the user's arguments into those of the step's student, and run the teacher of a slow step."""
-        step = Step(mode, items=inputs.pop("num_items_in_batch", None), tokens_full=0, tokens_kept=0)
-        step.as_tuple = inputs.pop("return_dict", None) is False
-        inputs.setdefault("use_cache", False)
-        if "logits_to_keep" in self._host.forward_names:
-            inputs["logits_to_keep"] = 1
-        if self._lockstep:
-            kinds = [inputs.get(kind.pixels) is not None for kind in self._host.modalities]
-            step.shared = share_step(kinds, (inputs["labels"] != IGNORED).sum())
-        if not has_images(inputs):
-            layout = read_rows(self._host, inputs, None)
-            step.labels = inputs["labels"] = self._clean_labels(inputs["labels"], layout)
-            if step.shared is not None and step.shared.visual:
-                self._keep_pace(step, inputs)
-            return step, {**inputs, "labels": None}
-        encoded, layout = self._view.encode(inputs)
-        inputs["labels"] = self._clean_labels(inputs["labels"], layout)
-        step.tokens_full = step.tokens_kept = sum(block.shape[0] for block in encoded.blocks)
-        if mode == "slow":
-            step.teacher = self._teach(inputs, encoded, layout)
-            student = full_inputs(self._host, inputs, encoded)
-        else:
-            kept = self._view.choose(inputs, encoded, layout, self.micro_step)
-            step.tokens_kept = kept.count
-            student = self._view.shorten(inputs, encoded, layout, kept, self._prefix)
-        step.labels = student["labels"]
-        return step, {**student, "labels": None}
-
-    def _keep_pace(self, step: Step, inputs: dict[str, Any]) -> None:
-        """Call the modules that other processes call for their images, though this batch has none."""
-        embeddings = self._host.model.get_input_embeddings()
-        blank = encode_blank(self._host, inputs["input_ids"].device)
-        teaches = step.mode == "slow" and self.config.kl_weight != 0
-        if "text" in self._view.pruner.needs and (step.mode == "fast" or teaches):
-            with torch.no_grad():
-                embeddings(inputs["input_ids"])
-        if step.mode == "fast" and self.isolator is not None:
-            blank = blank + self.isolator().sum()
-        if teaches:
-            view = {name: value for name, value in inputs.items() if name not in ("labels", "logits_to_keep")}
-            with torch.no_grad():
-                _ = self._prefix  # gathered here, as for a view with images
-                hidden = self._host.last_states(view)
-            step.teacher, _ = states_at_labels(hidden, inputs["labels"])
-        # With weight zero the blank image enters where features do, so that the backward pass goes the same way too.
-        step.pace = embeddings.register_forward_hook(lambda module, args, output: output + 0 * blank.to(output.dtype))
-
-    def _teach(self, inputs: dict[str, Any], encoded: EncodedImages, layout: RowLayout) -> Tensor | None:
-        """Return the states of the pruned view at the labels, or None where it would teach nothing."""
-        if self.config.kl_weight == 0:
-            return None
-        with torch.no_grad():
-            kept = self._view.choose(inputs, encoded, layout, self.micro_step)
-            everything = kept.count == sum(block.shape[0] for block in encoded.blocks)
-            if everything and self.isolator is None and not self._lockstep:
-                return None
-            view = self._view.shorten(inputs, encoded, layout, kept, self._prefix)
-            labels = view.pop("labels")
-            view.pop("logits_to_keep", None)
-            states, _ = states_at_labels(self._host.last_states(view), labels)
-        # Under a caller's autocast, older releases of torch keep the weights that were cast without gradients, and the
-        # student would train none of them.
-        torch.clear_autocast_cache()
-        return states
 
     def _router_loss(self, output: Any) -> Tensor | None:
         """Return the balancing loss of a mixture of experts with its weight, or None where it is not asked for."""
@@ -455,25 +428,16 @@ class DualSpeedHandle:
         return None if found is None or weight is None else weight * found
 
     def _loss(self, step: Step, router: Tensor | None) -> Tensor:
-        assert step.labels is not None and step.student is not None  # noqa: PT018, set by _prepare and _catch
-        states, labels = states_at_labels(step.student, step.labels)
-        config, count = self.config, labels.shape[0]
+        assert step.labels is not None and step.student is not None  # noqa: PT018, set by _before and _catch
         with self.autocast():
-            ce_sum, kl_sum = label_losses(
-                states,
-                step.teacher,
-                labels,
-                self._host.head,
-                config.temperature,
-                config.head_chunk,
-                least_chunks=1 if step.shared is None else -(-step.shared.labels // config.head_chunk),
-            )
-        if not ce_sum.requires_grad and self._host.decoder_trains:
+            losses = losses_of_step(step, self._host.head, self.config)
+        if not losses.ce.requires_grad and self._host.decoder_trains:
             raise SettingError(
                 "No gradient reaches the trainable parameters of the language model. This happens with reentrant "
                 "gradient checkpointing (use_reentrant=True) over frozen embeddings, as with LoRA: set use_reentrant "
                 "to False, or call model.enable_input_require_grads()."
             )
+        count = sum(step.label_counts)
         if count == 0:
             self._metrics.unlabelled_batches += 1
             warnings.warn(
@@ -482,17 +446,15 @@ class DualSpeedHandle:
                 TrimtabWarning,
                 stacklevel=2,
             )
-        total = ce_sum
-        if step.teacher is not None:
-            total = total + config.kl_weight * config.temperature**2 * kl_sum
+        total = losses.ce
+        if losses.kl is not None:
+            total = total + self.config.kl_weight * self.config.temperature**2 * losses.kl
         if router is not None:
             # Of an update each micro-batch gives the share that it has in the labels.
             total = total + count * router.to(total.device)
         loss = total / at_least_one(count if step.items is None else step.items)
         loss = self._reach_every_part(loss)
-        mean = max(count, 1)
-        kl = None if step.teacher is None else kl_sum / mean
-        self._metrics.note(step.mode, step.tokens_full, step.tokens_kept, ce_sum / mean, kl)
+        self._metrics.note_step(step, losses)
         return loss.sum()  # one number, and no view: a Trainer scales it in place, which would cut off hooks on it
 
     def _reach_every_part(self, loss: Tensor) -> Tensor:
@@ -507,32 +469,38 @@ class DualSpeedHandle:
 
     # parts --------------------------------------------------------------------------------------------------------
 
-    @property
-    def _prefix(self) -> Tensor | None:
+    def _isolator_rows(self) -> Tensor | None:
         return None if self.isolator is None else self.isolator()
 
-    def _clean_labels(self, labels: Tensor, layout: RowLayout) -> Tensor:
-        if layout.labelled and not self._warned_labels:
-            self._warned_labels = True
-            warnings.warn(
-                f"{layout.labelled} labels of this batch stand on image placeholders. They are ignored (-100) in every "
-                "step, since pruning would change their number; mask them in the collator so that token counts agree "
-                "(trimtab.data.MaskPlaceholders does).",
-                TrimtabWarning,
-                stacklevel=2,
-            )
-        # A row's first token has no predecessor. Where padding stands before the row it would seem to have one, and the
-        # two views, padded differently, would disagree on how many labels there are.
-        first = layout.real & (layout.real.cumsum(1) == 1)
-        return labels.masked_fill(layout.placeholder | ~layout.real | first, IGNORED)
+    def _modes(self, inputs: dict[str, Any]) -> list[Mode]:
+        """Return the mode of each row of a batch."""
+        samples, rows = inputs.pop(SAMPLES, None), inputs["input_ids"].shape[0]
+        if not self._by_sample:
+            return [self.next_mode()] * rows
+        samples = require_samples(samples, rows)
+        ratio, seed = self.config.slow_ratio, self.config.seed
+        return [mode_of_sample(one, epoch=samples.epoch, slow_ratio=ratio, seed=seed) for one in samples.ids]
 
-    def _check_ranks(self, mode: Mode) -> None:
+    @property
+    def _by_sample(self) -> bool:
+        """Whether each row has a mode of its own."""
+        return self.config.schedule_unit == "sample" and self._forced is None and self._host.decoder_trains
+
+    def _check_ranks(self, modes: list[Mode]) -> None:
         """Before the first step, make sure that every process would do the same."""
         if self._ranks_agree:
             return
-        settings = {**self.config.to_dict(), "isolator_from": None}
+        settings = {**self.config.to_dict(), "isolator_from": None, "cache_from": None}
+        mode = "by sample" if self._by_sample else modes[0]
         require_agreement({**settings, "step": self.micro_step, "mode": mode, **self.rank_facts()})
-        self._lockstep = needs_lockstep(self._model)
+        self._lockstep = self._maker.lockstep = needs_lockstep(self._model)
+        if self._view.cache is not None:
+            self._view.cache.require_hits = self._lockstep
+        if self._lockstep and self.config.distillation == "two_way":
+            raise setting_error(
+                "DualSpeedConfig", "distillation", "'one_way' with FSDP and ZeRO: gradients through both views were "
+                "not tried where parameters are sharded", self.config.distillation,
+            )  # fmt: skip
         self._ranks_agree = True
 
     # coming and going -----------------------------------------------------------------------------------------------
@@ -548,9 +516,18 @@ class DualSpeedHandle:
 
     def _install(self) -> None:
         model = self._model
+        if self.config.recompute == "slow" and wraps_recompute(model):
+            warnings.warn(
+                "recompute='slow' has no effect on blocks inside torch's checkpoint_wrapper, which always recompute. "
+                "Use gradient_checkpointing of the Trainer or of the model instead.",
+                TrimtabWarning,
+                stacklevel=4,
+            )
+        if self.config.packing:
+            self._leave_packs = use_packed_attention(self._host)
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
             self._host.body.register_forward_hook(self._catch),
         ]
         if self.isolator is None:

@@ -14,6 +14,7 @@ from trimtab.data import MaskPlaceholders
 from trimtab.dualspeed.attach import DualSpeedHandle
 from trimtab.dualspeed.checks import require_in_optimizer
 from trimtab.dualspeed.config import DualSpeedConfig, require_config
+from trimtab.dualspeed.samples import NoteRows
 from trimtab.dualspeed.trainer import (
     SIDE_FOLDER,
     load_converted,
@@ -22,6 +23,7 @@ from trimtab.dualspeed.trainer import (
     require_attached,
     spread_over_updates,
 )
+from trimtab.dualspeed.trainer_data import numbers_samples
 from trimtab.errors import OutputError, SettingError, TrimtabWarning, WrongOrderError, setting_error
 from trimtab.files import read_json
 from trimtab.shapes import Tensor
@@ -80,6 +82,11 @@ class DualSpeedCallback(TrainerCallback):
             raise WrongOrderError("This DualSpeedCallback serves another Trainer already. Make a new one for each.")
         refuse_arguments(args)
         _refuse_trl(args)
+        if numbers_samples(self._config):
+            raise SettingError(
+                "pack_tokens and schedule_unit='sample' need DualSpeed's own batches, which a callback cannot make. "
+                "Use with_dualspeed(<class of the Trainer>) instead of DualSpeedCallback."
+            )
         self.handle = DualSpeedHandle(model, self._config, args.gradient_accumulation_steps)
         self.handle.optimizer_step = lambda: int(self._state.global_step)
         self._model, self._state = model, state
@@ -111,7 +118,7 @@ class DualSpeedCallback(TrainerCallback):
             load_converted(self._model, folder)
             handle.load_pretrained(folder / SIDE_FOLDER)
         if not self._config.prunes_nothing:
-            _mask_labels_of(train_dataloader, handle.image_token_ids)
+            _mask_labels_of(train_dataloader, handle)
             self._watch = _LossWatch(self._model)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -234,12 +241,12 @@ def _refuse_trl(args: Any) -> None:
         )
 
 
-def _mask_labels_of(dataloader: Any, image_token_ids: tuple[int, ...]) -> None:
+def _mask_labels_of(dataloader: Any, handle: DualSpeedHandle) -> None:
     """Mask labels on placeholders before the Trainer counts them, where the collator can be reached."""
     inner = getattr(dataloader, "base_dataloader", dataloader)
     collate = getattr(inner, "collate_fn", None)
-    if collate is not None and not isinstance(collate, MaskPlaceholders):
-        inner.collate_fn = MaskPlaceholders(collate, image_token_ids)
+    if collate is not None and not isinstance(collate, NoteRows):
+        inner.collate_fn = handle.collator(MaskPlaceholders(collate, handle.image_token_ids))
 
 
 def _checkpoint_of(args: Any, state: Any) -> Path:

@@ -81,7 +81,11 @@ def advise(config: DualSpeedConfig, decoder_trains: bool, isolator: ModeIsolator
 def changed_settings(stored: DualSpeedConfig, now: DualSpeedConfig) -> list[str]:
     """Say which settings differ, but for those that only tell where a run began or how long it is."""
     before, after = stored.to_dict(), now.to_dict()
-    names = [name for name in after if name not in ("isolator_from", "total_steps") and before[name] != after[name]]
+    names = [
+        name
+        for name in after
+        if name not in ("isolator_from", "total_steps", "cache_from") and before[name] != after[name]
+    ]
     return [f"{name}={before[name]!r}, now {after[name]!r}" for name in names]
 
 

@@ -10,8 +10,12 @@ from trimtab.errors import SettingError, near_miss, setting_error
 from trimtab.pruners.budget import RULES
 
 SCHEDULES = ("stratified", "bernoulli", "annealed")
-STEP_UNITS = ("optimizer", "micro")
+STEP_UNITS = ("optimizer", "micro", "sample")
 POSITIONS = ("auto", "renumber", "original")
+OVERSIZE = ("error", "own")
+RECOMPUTE = ("model", "slow")
+KEEP_SPREADS = ("fixed", "random", "content")
+DISTILLATIONS = ("one_way", "two_way")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +38,8 @@ class DualSpeedConfig:
             less variance, our default), ``"bernoulli"`` (independent draws, as the paper) or ``"annealed"``
             (few slow steps early, many late, same total; needs `total_steps`).
         schedule_unit: ``"optimizer"`` gives all micro-batches of an update one mode (our default), ``"micro"``
-            draws per forward call, as the released code.
+            draws per forward call, as the released code, ``"sample"`` draws for every sample by itself from seed, epoch
+            and the sample's number, so that fast and slow samples meet in one batch (``schedule`` then has no say).
         total_steps: Number of steps, in `schedule_unit`, that ``"annealed"`` spreads over; the Trainer fills it in.
         positions: ``"renumber"`` closes the gaps that dropped tokens leave (the paper), ``"original"`` keeps every
             token's position of the full sequence, ``"auto"`` renumbers models with one position per token and
@@ -42,6 +47,19 @@ class DualSpeedConfig:
         seed: Seed of the schedule, of the isolator's first values and of random pruners.
         head_chunk: Supervised places that pass through the language-model head at once, at least 1; bounds memory.
         check_features: Look for NaN and infinity in visual features at every step (waits for the device).
+        packing: Put the rows of a batch one behind the other into one sequence without padding; attention stays
+            within each row. With ``pruner="keep_all"``, ``isolator_tokens=0`` and ``slow_ratio=0`` plain training is
+            packed the same way.
+        pack_tokens: Most tokens of one pack, after pruning; a Trainer then chooses the samples of every batch by this
+            budget in place of ``per_device_train_batch_size``. None packs the batches as they come. Needs `packing`.
+        oversize: What to do with a sample of more than `pack_tokens`: ``"error"``, or ``"own"`` for a pack of its own.
+        recompute: Of a model with gradient checkpointing, ``"model"`` recomputes in every step, as the model says,
+            ``"slow"`` in steps with slow samples only: faster, with the memory of a fast step without checkpointing.
+        keep_spread: ``"fixed"`` keeps `keep_ratio` of every image (the paper), ``"random"`` another share of every
+            image, drawn with this mean, ``"content"`` more of images with more in them, with this mean over the batch.
+        distillation: ``"one_way"`` teaches the full view by the pruned one (the paper), ``"two_way"`` also the pruned
+            view by the full one.
+        cache_from: Folder with a cache of the frozen vision tower, made by ``trimtab cache``, or None for none.
     """
 
     pruner: str = "divprune"
@@ -60,6 +78,13 @@ class DualSpeedConfig:
     seed: int = 0
     head_chunk: int = 1024
     check_features: bool = False
+    packing: bool = False
+    pack_tokens: int | None = None
+    oversize: str = "error"
+    recompute: str = "model"
+    keep_spread: str = "fixed"
+    distillation: str = "one_way"
+    cache_from: str | None = None
 
     def __post_init__(self) -> None:
         """Check every field; see the class for the ranges."""
@@ -78,6 +103,28 @@ class DualSpeedConfig:
         self._require("pruner", str, bool, "the name of a pruner")
         self._require("pruner_options", Mapping, lambda v: all(isinstance(k, str) for k in v), "a mapping by name")
         self._require("check_features", bool, lambda v: True, "true or false")
+        self._require("packing", bool, lambda v: True, "true or false")
+        for name, allowed in (
+            ("oversize", OVERSIZE), ("recompute", RECOMPUTE), ("keep_spread", KEEP_SPREADS),
+            ("distillation", DISTILLATIONS),
+        ):  # fmt: skip
+            self._require(name, str, allowed.__contains__, f"one of {', '.join(allowed)}")
+        if self.pack_tokens is not None:
+            self._require("pack_tokens", int, lambda v: v >= 1, "a whole number, at least 1, or None")
+            if not self.packing:
+                raise setting_error("DualSpeedConfig", "pack_tokens", "None without packing=True", self.pack_tokens)
+            if self.keep_spread != "fixed":
+                raise setting_error(
+                    "DualSpeedConfig", "keep_spread", "'fixed' with pack_tokens, for which lengths must be known "
+                    "beforehand", self.keep_spread,
+                )  # fmt: skip
+        if self.schedule == "annealed" and self.schedule_unit == "sample":
+            raise setting_error(
+                "DualSpeedConfig", "schedule", "'stratified' or 'bernoulli' with schedule_unit='sample', where the "
+                "schedule has no say", self.schedule,
+            )  # fmt: skip
+        if self.cache_from is not None:
+            self._require("cache_from", str, bool, "a path, or None")
         if self.total_steps is not None:
             self._require("total_steps", int, lambda v: v >= 1, "a whole number, at least 1, or None")
         if self.isolator_from is not None:
@@ -99,8 +146,12 @@ class DualSpeedConfig:
     @property
     def prunes_nothing(self) -> bool:
         """Whether these settings leave every training step as the model has it without trimtab."""
-        keeps_all = self.pruner == "keep_all" or self.keep_ratio == 1
-        return keeps_all and self.isolator_tokens == 0 and self.slow_ratio == 0
+        return self.keeps_all and self.isolator_tokens == 0 and self.slow_ratio == 0 and not self.packing
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the fast mode drops no token."""
+        return self.pruner == "keep_all" or self.keep_ratio == 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a plain dict that JSON and YAML can hold."""

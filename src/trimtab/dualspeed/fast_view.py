@@ -9,6 +9,7 @@ import torch
 
 from trimtab.anatomy import EncodedImages, Words
 from trimtab.dualspeed.config import DualSpeedConfig
+from trimtab.dualspeed.keep_spread import effective_ranks, level_counts, level_of_image, shared_counts
 from trimtab.errors import SettingError
 from trimtab.pruners import Pruner, PrunerInput, Selection, kept_counts
 from trimtab.shapes import Tensor
@@ -54,11 +55,15 @@ def choose_tokens(
     that the processor has thinned out, at least one token stays; a block that is too small for the isolator beside its
     kept tokens stays whole, without isolator.
 
+    With another `keep_spread` than ``"fixed"`` the tokens that the ratio leaves are dealt out anew among the tiles
+    (`trimtab.dualspeed.keep_spread`), which then go to the pruner in at most eight groups of each size. By content
+    this waits for the device once.
+
     Args:
         pruner: The pruner.
-        config: For `keep_ratio` and `keep_rule`.
+        config: For `keep_ratio`, `keep_rule`, `keep_spread` and `isolator_tokens`.
         encoded: The images.
-        draw: Seed and step, for pruners that draw.
+        draw: Seed and step, for pruners that draw and for random shares.
         text: The words around each block, or None.
 
     Returns:
@@ -71,11 +76,11 @@ def choose_tokens(
     if config.check_features:
         _check_finite(encoded)
     groups: dict[tuple[int, int], list[_Tile]] = {}
-    for tile in _tiles(config, encoded):
+    for tile in _tiles(config, encoded, draw):
         groups.setdefault((tile.size, tile.keep), []).append(tile)
     chosen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     for first, ((size, keep), tiles) in enumerate(sorted(groups.items())):
-        features = torch.stack([encoded.blocks[t.block][t.start : t.start + size] for t in tiles])
+        features = _features(encoded, tiles)
         if keep == size:
             every = torch.arange(size, device=features.device)
             found = [(every, one) for one in features.unbind(0)]
@@ -88,7 +93,7 @@ def choose_tokens(
     return _by_block(encoded, chosen)
 
 
-def _tiles(config: DualSpeedConfig, encoded: EncodedImages) -> list[_Tile]:
+def _tiles(config: DualSpeedConfig, encoded: EncodedImages, draw: tuple[int, int]) -> list[_Tile]:
     counts = kept_counts(
         {size for sizes in encoded.tiles for size in sizes if size},
         config.keep_ratio,
@@ -97,6 +102,8 @@ def _tiles(config: DualSpeedConfig, encoded: EncodedImages) -> list[_Tile]:
     )
     blocks = [_tiles_of(block, counts, config, encoded) for block in range(len(encoded.blocks))]
     _require_room(config, encoded, blocks)
+    if config.keep_spread != "fixed":
+        blocks = _spread(config, encoded, blocks, draw)
     return [tile for tiles in blocks for tile in tiles]
 
 
@@ -115,6 +122,50 @@ def _tiles_of(block: int, counts: dict[int, int], config: DualSpeedConfig, encod
     if start < total and all(tile.keep == tile.size for tile in tiles):
         tiles.append(_Tile(block, start, total - start, total - start))
     return tiles
+
+
+def _spread(
+    config: DualSpeedConfig, encoded: EncodedImages, blocks: list[list[_Tile]], draw: tuple[int, int]
+) -> list[list[_Tile]]:
+    """Give the tiles that are pruned other counts, but not in blocks whose tiles would take the isolator's places."""
+    pruned = [tile for tiles in blocks for tile in tiles if tile.keep < tile.size]
+    if not pruned:
+        return blocks
+    # One cap for all tiles of a size and count, so that they have few counts together.
+    alike: dict[tuple[int, int], int] = {}
+    for tile in pruned:
+        cap = _cap(config, encoded, tile)
+        alike[tile.size, tile.keep] = min(cap, alike.get((tile.size, tile.keep), cap))
+    caps = [alike[tile.size, tile.keep] for tile in pruned]
+    if config.keep_spread == "random":
+        levels = [level_of_image(*draw, tile.block) for tile in pruned]
+        counts = [level_counts(t.keep, cap)[level] for t, cap, level in zip(pruned, caps, levels, strict=True)]
+    else:
+        content = _content(encoded, pruned)
+        counts = shared_counts(
+            [t.keep for t in pruned], caps, [t.size for t in pruned], [content[t.block, t.start] for t in pruned]
+        )
+    given = {(tile.block, tile.start): count for tile, count in zip(pruned, counts, strict=True)}
+    dealt = [[replace(t, keep=given.get((t.block, t.start), t.keep)) for t in tiles] for tiles in blocks]
+    room = [block.shape[0] - config.isolator_tokens for block in encoded.blocks]
+    fits = [sum(tile.keep for tile in tiles) <= places for tiles, places in zip(dealt, room, strict=True)]
+    return [new if fit else old for new, old, fit in zip(dealt, blocks, fits, strict=True)]
+
+
+def _cap(config: DualSpeedConfig, encoded: EncodedImages, tile: _Tile) -> int:
+    """Most tokens that a tile may keep, so that all tiles of its block together leave the isolator its places."""
+    total, filler = encoded.blocks[tile.block].shape[0], encoded.filler[tile.block]
+    shared = tile.size * (total - config.isolator_tokens) // total
+    return max(tile.keep, shared if filler is None else min(shared, tile.size - filler[1]))
+
+
+def _content(encoded: EncodedImages, tiles: list[_Tile]) -> dict[tuple[int, int], float]:
+    sizes: dict[int, list[_Tile]] = {}
+    for tile in tiles:
+        sizes.setdefault(tile.size, []).append(tile)
+    found = effective_ranks([(_features(encoded, group), _real(encoded, group)) for group in sizes.values()])
+    order = [tile for group in sizes.values() for tile in group]
+    return {(tile.block, tile.start): value for tile, value in zip(order, found, strict=True)}
 
 
 def _require_room(config: DualSpeedConfig, encoded: EncodedImages, blocks: list[list[_Tile]]) -> None:
@@ -146,20 +197,29 @@ def _select(
             return None
         return torch.stack([values[t.block][t.start : t.start + t.size] for t in tiles])
 
-    valid = None
-    if any(encoded.filler[t.block] is not None for t in tiles):
-        masks: list[Tensor] = []
-        for t in tiles:
-            filler = encoded.filler[t.block]
-            whole = torch.ones(t.size, dtype=torch.bool, device=features.device)
-            masks.append(whole if filler is None else ~filler[0][t.start : t.start + t.size])
-        valid = torch.stack(masks)
     inputs: dict[str, Any] = {"hidden": stack(encoded.hidden), "keys": stack(encoded.keys)}
     if encoded.cls_attention is not None:
         inputs["cls_attention"] = stack(encoded.cls_attention)
     if text is not None:
         inputs["text"], inputs["text_valid"] = text.around([t.block for t in tiles])
+    valid = _real(encoded, tiles)
     return pruner.select(PrunerInput(features, valid=valid, grid=encoded.grid, draw=draw, **inputs), keep)
+
+
+def _features(encoded: EncodedImages, tiles: list[_Tile]) -> Tensor:
+    return torch.stack([encoded.blocks[t.block][t.start : t.start + t.size] for t in tiles])
+
+
+def _real(encoded: EncodedImages, tiles: list[_Tile]) -> Tensor | None:
+    """Which tokens of some tiles show something, [tile, token], or None where all do."""
+    if all(encoded.filler[t.block] is None for t in tiles):
+        return None
+    masks: list[Tensor] = []
+    for t in tiles:
+        filler = encoded.filler[t.block]
+        whole = torch.ones(t.size, dtype=torch.bool, device=encoded.blocks[t.block].device)
+        masks.append(whole if filler is None else ~filler[0][t.start : t.start + t.size])
+    return torch.stack(masks)
 
 
 def _tokens(features: Tensor, selection: Selection) -> Tensor:

@@ -6,7 +6,7 @@ call the same modules equally often, whatever its batch holds. With ZeRO-1 and Z
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ import torch
 from torch import distributed
 
 from trimtab.errors import RankDisagreementError, WrongOrderError
+from trimtab.ops.host import to_device
 from trimtab.shapes import Tensor
 
 Result = TypeVar("Result")
@@ -107,19 +108,24 @@ class SharedStep:
 
     Attributes:
         visual: Whether the batch of any process has images or videos.
-        labels: Most supervised labels that any process has.
+        labels: Most supervised labels that the fast rows of any process have.
+        slow_labels: Most supervised labels that the slow rows of any process have.
+        slow: Whether any process has slow rows.
     """
 
     visual: bool
     labels: int
+    slow_labels: int
+    slow: bool
 
 
-def share_step(kinds: Iterable[bool], labels: Tensor) -> SharedStep:
+def share_step(kinds: Iterable[bool], labels: Tensor, slow: Sequence[int]) -> SharedStep:
     """Tell all processes what the others' batches hold; one small collective, waits for the device.
 
     Args:
         kinds: For each modality of the model whether this batch has it.
-        labels: How many labels of this batch are supervised, a scalar.
+        labels: How many labels of each row of this batch are supervised, [row].
+        slow: Its slow rows.
 
     Returns:
         The step as all processes see it.
@@ -128,17 +134,20 @@ def share_step(kinds: Iterable[bool], labels: Tensor) -> SharedStep:
         RankDisagreementError: Batches of two processes have images and videos in different combinations. Each
             modality is one pass through the encoder, so that these processes would not be in step.
     """
-    mine = torch.stack([*(torch.full_like(labels, int(kind)) for kind in kinds), labels])
+    chosen = torch.zeros_like(labels).index_fill_(0, to_device(list(slow), labels.device, torch.long), 1)
+    counts = [(labels * (1 - chosen)).sum(), (labels * chosen).sum(), chosen.sum()]
+    mine = torch.stack([*(torch.full_like(counts[0], int(kind)) for kind in kinds), *counts])
     everyone = [torch.empty_like(mine) for _ in range(process_count())]
     distributed.all_gather(everyone, mine)
     rows = [one.tolist() for one in everyone]
-    combinations = sorted({tuple(row[:-1]) for row in rows if any(row[:-1])})
+    combinations = sorted({tuple(row[:-3]) for row in rows if any(row[:-3])})
     if len(combinations) > 1:
         raise RankDisagreementError(
             "In one step some processes hold images and others videos, or both; with FSDP and ZeRO they would "
             "wait for each other for ever, or mix up gradients. Give every batch the same kinds, or train with DDP."
         )
-    return SharedStep(bool(combinations), max(row[-1] for row in rows))
+    fast, late, any_slow = (max(row[place] for row in rows) for place in (-3, -2, -1))
+    return SharedStep(bool(combinations), fast, late, any_slow > 0)
 
 
 class _Touch(torch.autograd.Function):

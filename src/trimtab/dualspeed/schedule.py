@@ -1,4 +1,4 @@
-"""Which step is fast and which is slow: a pure function of settings and step.
+"""Which step or sample is fast and which is slow: a pure function of settings and number.
 
 Every rank computes the same answer without talking, a resumed run continues where it stopped, and no random state
 outside is touched. The released code draws from Python's global generator inside the forward pass instead, so that
@@ -56,6 +56,29 @@ def mode_of_step(step: int, *, kind: str, slow_ratio: float, seed: int, total_st
         start, end = (math.ceil(Fraction(edge) / ratio) for edge in (block, block + 1))
     chosen = start + int(_uniform(seed, kind, block) * (end - start))
     return "slow" if step == chosen else "fast"
+
+
+def mode_of_sample(sample: int, *, epoch: int, slow_ratio: float, seed: int) -> Mode:
+    """Say whether a sample is fast or slow in an epoch: slow with probability `slow_ratio`, independently.
+
+    Args:
+        sample: Its number in the data set, at least 0.
+        epoch: The epoch, from 0.
+        slow_ratio: Mean share of slow samples, in [0, 1].
+        seed: Names the draw.
+
+    Returns:
+        ``"fast"`` or ``"slow"``.
+
+    Raises:
+        SettingError: A value outside its range.
+    """
+    for name, value in (("sample", sample), ("epoch", epoch)):
+        if value < 0:
+            raise setting_error("mode_of_sample", name, "at least 0", value)
+    if not 0 <= slow_ratio <= 1:
+        raise setting_error("mode_of_sample", "slow_ratio", "a number in [0, 1]", slow_ratio)
+    return "slow" if _uniform(seed, f"sample {epoch}", sample) < slow_ratio else "fast"
 
 
 def _annealed_block(step: int, ratio: Fraction, total: int) -> tuple[int, int, int]:

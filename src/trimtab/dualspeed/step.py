@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from trimtab.dualspeed.ranks import SharedStep
-from trimtab.dualspeed.schedule import Mode
 from trimtab.ops.label_head import IGNORED
 from trimtab.shapes import Tensor
 
 
 @dataclass
 class Step:
-    """What one training step carries from the hook before the forward to the hook after it."""
+    """What one training step carries from the hook before the forward to the hook after it.
 
-    mode: Mode
+    Attributes:
+        mode: That of all rows, or ``"mixed"`` where each row has its own.
+        labels: Labels of what the student sees.
+        label_counts: How many of them each row has.
+        items: Labels of the whole update.
+        teacher: States of the pruned view at the labels of `slow_rows`, or None.
+        slow_rows: Rows of the batch that are seen in full, of a single process only those that pruning would change.
+        student: States of the student, once it has run.
+        tokens_full: Visual tokens of the batch.
+        tokens_kept: Visual tokens that the student sees.
+        shared: What the batches of all processes hold, where they must keep in step.
+        pace: Hook on the embeddings that has to go after the forward.
+        leave: What has to be undone after the forward.
+        as_tuple: Whether the caller asked for a tuple.
+        catching: Whether the student's pass is the next one.
+    """
+
+    mode: Literal["fast", "slow", "mixed"]
     labels: Tensor | None = None
+    label_counts: list[int] = field(default_factory=list)
     items: Tensor | int | None = None
     teacher: Tensor | None = None
+    slow_rows: list[int] = field(default_factory=list)
     student: Tensor | None = None
     tokens_full: int | None = None
     tokens_kept: int | None = None
     shared: SharedStep | None = None
     pace: Any = None
-    """Hook on the embeddings that has to go after the forward."""
+    leave: list[Callable[[], None]] = field(default_factory=list)
     as_tuple: bool = False
     catching: bool = False
+
+    @property
+    def has_slow(self) -> bool:
+        """Whether this process, or one that it must keep in step with, sees any row in full."""
+        return bool(self.slow_rows) if self.shared is None else self.shared.slow
 
 
 def loss_per_label(step: Step, output: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,10 @@ from trimtab.data import MaskPlaceholders
 from trimtab.dualspeed.attach import DualSpeedHandle
 from trimtab.dualspeed.checks import require_in_optimizer
 from trimtab.dualspeed.config import DualSpeedConfig, read_config
+from trimtab.dualspeed.packs import SampleLength
 from trimtab.dualspeed.ranks import is_sharded
+from trimtab.dualspeed.samples import ENTRIES
+from trimtab.dualspeed.trainer_data import loading_facts, numbers_samples, refuse_loading, training_loader
 from trimtab.errors import SettingError, TrimtabWarning, WrongOrderError, setting_error
 
 if TYPE_CHECKING:
@@ -32,6 +35,10 @@ def with_dualspeed(trainer_class: type[Any]) -> type[Any]:
     training), and has the handle as ``trainer.dualspeed``. Logs gain the means of losses and token counts since the
     last log; checkpoints gain the folder ``dualspeed/``; what ``save_model`` writes is otherwise an ordinary
     checkpoint. Labels are counted without image placeholders.
+
+    With `pack_tokens` the training batches are filled by length. Every row of the training data is measured before the
+    first step, and the lengths are kept in ``output_dir``; a second argument, ``dualspeed_lengths`` (one `SampleLength`
+    for each row), skips that. The Trainer's ``seed`` then has no say in the order of the rows, that of DualSpeed has.
 
     Training steps take DualSpeed's loss and call no ``compute_loss`` of the Trainer class; evaluation does. After
     ``trainer.dualspeed.detach()`` the Trainer saves and evaluates as without DualSpeed, and trains no more.
@@ -61,13 +68,23 @@ class _DualSpeedMixin:
 
     dualspeed: DualSpeedHandle | None = None
 
-    def __init__(self, *args: Any, dualspeed: DualSpeedConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        dualspeed: DualSpeedConfig | Mapping[str, Any] | None = None,
+        dualspeed_lengths: Sequence[SampleLength] | None = None,
+        **kwargs: Any,
+    ) -> None:
         config = read_config(dualspeed, "with_dualspeed", "dualspeed")
+        if dualspeed_lengths is not None and (config is None or config.pack_tokens is None):
+            raise SettingError("dualspeed_lengths has no use without pack_tokens. Set pack_tokens, or leave it out.")
         super().__init__(*args, **kwargs)
         if config is None:
             return
         me: Any = self
         refuse_arguments(me.args)
+        if numbers_samples(config):
+            refuse_loading(me, config)
         if not config.prunes_nothing and me.compute_loss_func is not None:
             raise SettingError("compute_loss_func has no place beside DualSpeed's own loss. Give one of the two.")
         if me.model_init is not None:
@@ -80,14 +97,30 @@ class _DualSpeedMixin:
         handle = DualSpeedHandle(me.model, config, me.args.gradient_accumulation_steps)
         handle.optimizer_step = lambda: me.state.global_step
         handle.autocast = me.accelerator.autocast
-        handle.rank_facts = lambda: rank_facts(
-            me.args, me.state, me.train_dataset, me.callback_handler.train_dataloader
-        )
+        handle.rank_facts = lambda: {
+            **rank_facts(me.args, me.state, me.train_dataset, me.callback_handler.train_dataloader),
+            **loading_facts(me._dualspeed_packs),
+        }
         me.dualspeed = handle
+        me._dualspeed_lengths, me._dualspeed_packs = dualspeed_lengths, None
         if not config.prunes_nothing:
-            me.data_collator = MaskPlaceholders(me.data_collator, handle.image_token_ids)
+            me.data_collator = handle.collator(MaskPlaceholders(me.data_collator, handle.image_token_ids))
             # Our loss takes the count of labels for every model, also for those whose own loss does not.
             me.model_accepts_loss_kwargs = True
+
+    def get_train_dataloader(self) -> Any:
+        """Return the Trainer's own loader, or with `pack_tokens` one of packs; batches say their samples where needed.
+
+        Raises:
+            SettingError: The training data have no rows by number, or a row is longer than `pack_tokens`.
+        """
+        me: Any = self
+        if self.dualspeed is None or me.train_dataset is None or not numbers_samples(self.dualspeed.config):
+            return super().get_train_dataloader()  # type: ignore[misc]
+        loader, packs = training_loader(me, self.dualspeed.config, me._dualspeed_lengths)
+        me._dualspeed_packs = packs
+        me._dualspeed_lengths = me._dualspeed_lengths if packs is None else packs.lengths
+        return loader
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -107,6 +140,12 @@ class _DualSpeedMixin:
         if me.args.average_tokens_across_devices and num_items_in_batch is not None:
             total = total * (me.accelerator.num_processes if me.args.n_gpu <= 1 else me.args.n_gpu)
         return (total, outputs) if return_outputs else total
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> Any:
+        """Take out what only DualSpeed understands, once it is detached."""
+        if self.dualspeed is not None and not self.dualspeed.attached:
+            inputs = {name: value for name, value in inputs.items() if name not in ENTRIES}
+        return super()._prepare_inputs(inputs)  # type: ignore[misc]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Make sure that the isolator is trained, tell an annealed schedule how long the run is, then go on."""
@@ -200,7 +239,11 @@ def refuse_arguments(args: Any) -> None:
         )
     for name in ("packing", "padding_free"):
         if getattr(args, name, False):
-            raise SettingError(f"{name}=True is not supported with DualSpeed yet. Set it to False.")
+            raise SettingError(
+                f"{name}=True of the Trainer joins rows before DualSpeed could prune them. Set it to False; "
+                "DualSpeedConfig(packing=True, pack_tokens=...), in a run file `dualspeed: packing: true`, packs the "
+                "pruned rows."
+            )
 
 
 def load_converted(model: Any, folder: Path) -> bool:

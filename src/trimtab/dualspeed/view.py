@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
-from trimtab.anatomy import Host, assemble, encode_images, question_embeddings, read_rows, supplied_needs
-from trimtab.anatomy.assemble import Positions, RowLayout
+from trimtab.anatomy import Host, RowLayout, assemble, encode_images, question_embeddings, read_rows, supplied_needs
+from trimtab.anatomy.assemble import Positions
 from trimtab.anatomy.encode import EncodedImages
 from trimtab.dualspeed.config import DualSpeedConfig
 from trimtab.dualspeed.fast_view import KeptTokens, choose_tokens
@@ -15,13 +17,19 @@ from trimtab.errors import SettingError, setting_error
 from trimtab.pruners import build_pruner
 from trimtab.shapes import Float, Tensor
 
+if TYPE_CHECKING:
+    from trimtab.dualspeed.cache import TowerCache
+
 
 class FastView:
     """Pruner, positions and isolator places of one model under one config.
 
     Args:
         host: The model, opened.
-        config: The settings; those of schedule and loss are not used here.
+        config: The settings; those of schedule, loss and cache are not used here.
+
+    Attributes:
+        cache: What stands for the vision tower, or None for the tower itself.
 
     Raises:
         SettingError: The pruner needs what the model cannot supply, or nothing is pruned and the isolator has no
@@ -32,6 +40,7 @@ class FastView:
         _require_room_for_isolator(config)
         self.host = host
         self.config = config
+        self.cache: TowerCache | None = None
         self.pruner = build_pruner(config.pruner, config.pruner_options)
         missing = self.pruner.needs - supplied_needs(host)
         if missing:
@@ -41,17 +50,47 @@ class FastView:
                 "only, such as 'divprune'."
             )
 
-    def encode(self, batch: Mapping[str, Any]) -> tuple[EncodedImages, RowLayout]:
-        """Encode the images of a batch and find their places."""
-        encoded = encode_images(self.host, batch, self.pruner.needs)
+    def encode(self, batch: Mapping[str, Any], full: Sequence[int] | None = None) -> tuple[EncodedImages, RowLayout]:
+        """Encode the images of a batch and find their places.
+
+        Args:
+            batch: Arguments of the model.
+            full: Rows whose visual tokens are all wanted, None for all rows; of the others a cache of kept tokens
+                gives those that `choose` returns.
+        """
+        tower = None if self.cache is None else self.cache.tower(batch, full)
+        encoded = encode_images(self.host, batch, self.pruner.needs, tower)
+        if self.cache is not None:
+            self.cache.note(encoded)
         return encoded, read_rows(self.host, batch, encoded)
 
-    def choose(self, batch: Mapping[str, Any], encoded: EncodedImages, layout: RowLayout, step: int) -> KeptTokens:
-        """Let the pruner choose; `step` goes into the draw of pruners that draw."""
+    def serving(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context under which an image encoder that is called by itself takes its tower from the cache."""
+        return contextlib.nullcontext() if self.cache is None else self.cache.tower({})(self.host, frozenset())
+
+    def choose(
+        self,
+        batch: Mapping[str, Any],
+        encoded: EncodedImages,
+        layout: RowLayout,
+        step: int,
+        *,
+        alone: bool = False,
+    ) -> KeptTokens:
+        """Let the pruner choose; `step` goes into the draw of pruners that draw.
+
+        With `alone` every image keeps the same share, so that none depends on a draw or on the others of its batch.
+        """
+        config = replace(self.config, keep_spread="fixed") if alone else self.config
         text = None
         if "text" in self.pruner.needs:
-            text = question_embeddings(self.host, batch, layout.placeholder, layout.block_rows)
-        return choose_tokens(self.pruner, self.config, encoded, (self.config.seed, step), text)
+            text = question_embeddings(self.host, batch, layout.placeholder, layout.block_rows, layout.most_words)
+        if self.cache is not None:
+            # A stored choice never depends on the words; see `trimtab.dualspeed.cache_choice`.
+            return self.cache.choose(
+                encoded, lambda some: choose_tokens(self.pruner, config, some, (self.config.seed, step), text)
+            )
+        return choose_tokens(self.pruner, config, encoded, (self.config.seed, step), text)
 
     def shorten(
         self,
@@ -60,8 +99,21 @@ class FastView:
         layout: RowLayout,
         kept: KeptTokens,
         prefix: Float[Tensor, "prefix width"] | None,
+        *,
+        rows: list[int] | None = None,
+        packed: bool | None = None,
     ) -> dict[str, Any]:
-        """Return the arguments of the model for the kept tokens, with the isolator's rows in front."""
+        """Return the arguments of the model for the kept tokens, with the isolator's rows in front.
+
+        Args:
+            batch: The user's arguments.
+            encoded: Their images.
+            layout: Their rows.
+            kept: What stays.
+            prefix: Rows of the isolator, or None.
+            rows: The rows of the batch to take, or None for all.
+            packed: Whether to make one row of them; None for what the settings say.
+        """
         positions = self.config.positions
         if positions == "auto":
             positions = "original" if self.host.rotary == "multimodal" else "renumber"
@@ -74,14 +126,17 @@ class FastView:
             tokens=kept.tokens,
             positions=cast("Positions", positions),
             layout=layout,
+            rows=rows,
+            packed=self.config.packing if packed is None else packed,
         )
 
     def prune(
         self, batch: Mapping[str, Any], prefix: Float[Tensor, "prefix width"] | None, step: int
     ) -> dict[str, Any]:
-        """Encode, choose and shorten."""
+        """Encode, choose and shorten, row beside row, as `generate` takes them."""
         encoded, layout = self.encode(batch)
-        return self.shorten(batch, encoded, layout, self.choose(batch, encoded, layout, step), prefix)
+        kept = self.choose(batch, encoded, layout, step, alone=True)
+        return self.shorten(batch, encoded, layout, kept, prefix, packed=False)
 
 
 def by_name(host: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +146,7 @@ def by_name(host: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dic
 
 
 def _require_room_for_isolator(config: DualSpeedConfig) -> None:
-    if config.isolator_tokens and (config.pruner == "keep_all" or config.keep_ratio == 1):
+    if config.isolator_tokens and config.keeps_all:
         kept = "pruner='keep_all'" if config.pruner == "keep_all" else "keep_ratio=1"
         raise setting_error(
             "DualSpeedConfig", "isolator_tokens", f"0 with {kept}, which drops no token whose place the isolator could "

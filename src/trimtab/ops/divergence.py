@@ -28,5 +28,28 @@ def kl_divergence(
     return (teacher.exp() * (teacher - student)).sum(-1)
 
 
+def two_way_divergence(
+    teacher_logits: Float[Tensor, "label vocab"], student_logits: Float[Tensor, "label vocab"], temperature: float = 1.0
+) -> Float[Tensor, "label"]:
+    """KL(teacher || student) with the teacher as a constant plus KL(student || teacher) with the student as one.
+
+    Each side is so drawn to what the other says (deep mutual learning, arXiv 1706.00384). The value is the symmetric
+    Jeffreys divergence, the gradients are not its: neither side is moved for being the target.
+
+    Args:
+        teacher_logits: Scores of the one side.
+        student_logits: Scores of the other.
+        temperature: As in `kl_divergence`; its square is left to the caller here too.
+
+    Returns:
+        One value per label, float32 or wider, at least 0 up to rounding.
+    """
+    teacher = torch.log_softmax(_at_least_float32(teacher_logits) / temperature, dim=-1)
+    student = torch.log_softmax(_at_least_float32(student_logits) / temperature, dim=-1)
+    to_student = teacher.detach().exp() * (teacher.detach() - student)
+    to_teacher = student.detach().exp() * (student.detach() - teacher)
+    return (to_student + to_teacher).sum(-1)
+
+
 def _at_least_float32(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()

@@ -7,6 +7,7 @@ import math
 import torch
 
 from trimtab.errors import setting_error
+from trimtab.ops.host import copy_to
 from trimtab.pruners.contract import Pruner, PrunerInput, Selection
 from trimtab.pruners.options import check_flag
 from trimtab.pruners.registry import register_pruner
@@ -41,8 +42,8 @@ class GridPoolPruner(Pruner):
             )
         cell, middle = _cells(rows, columns, num_keep)
         device = inputs.features.device
-        cell = cell.to(device).expand(images, tokens)
-        index = middle.to(device).expand(images, num_keep)
+        cell = copy_to(cell, device).expand(images, tokens)
+        index = copy_to(middle, device).expand(images, num_keep)
         valid = torch.ones(images, num_keep, dtype=torch.bool, device=device)
         if inputs.valid is not None:
             run, last, enough = _runs(inputs.valid, num_keep)

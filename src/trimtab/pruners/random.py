@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from trimtab.ops.host import to_device
 from trimtab.ops.select import keep_best
 from trimtab.pruners.contract import Pruner, PrunerInput, Selection
 from trimtab.pruners.registry import register_pruner
@@ -54,7 +55,7 @@ def uniform_noise(
     for name in names:
         key = _mix(key ^ (int(name) & _WORD))
     keys = [_mix(key ^ ((int(first) + image) & _WORD)) for image in range(images)]
-    column = torch.tensor([_signed(value) for value in keys], dtype=torch.int64).unsqueeze(1).to(device)
+    column = to_device([_signed(value) for value in keys], device, torch.int64).unsqueeze(1)
     return (
         _mix_tensor(column + torch.arange(tokens, device=device) * _signed(0x9E3779B97F4A7C15)) >> 11 & (1 << 53) - 1
     ).double() * 2.0**-53

@@ -19,6 +19,7 @@ class Arm:
         what: What it is, in a few words.
         dualspeed: Settings that differ from DualSpeed's defaults, or None for plain training on all tokens.
         time_of: Arm whose wall-clock time limits this one, or None for the common number of steps.
+        pace_of: Arm whose steps say how many fit into that time.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Arm:
     what: str
     dualspeed: dict[str, Any] | None = None
     time_of: str | None = None
+    pace_of: str = "full"
 
     def config(self, seed: int, **common: Any) -> DualSpeedConfig | None:
         """Return the settings of a run, or None for plain training."""
@@ -33,6 +35,13 @@ class Arm:
             return None
         return DualSpeedConfig(**{**common, **self.dualspeed, "seed": seed})
 
+
+PACKED: dict[str, Any] = {"packing": True, "schedule_unit": "sample"}
+"""Rows of a batch behind one another without padding, fast and slow ones together."""
+PACKED_FULL: dict[str, Any] = {
+    "packing": True, "pruner": "keep_all", "isolator_tokens": 0, "slow_ratio": 0.0, "kl_weight": 0.0,
+}  # fmt: skip
+"""Plain training on all visual tokens, packed in the same way."""
 
 ARMS: dict[str, Arm] = {
     arm.name: arm
@@ -56,6 +65,17 @@ ARMS: dict[str, Arm] = {
         Arm("dualspeed_keep_20", "H", "DualSpeed keeping 20 %", {"keep_ratio": 0.2}),
         Arm("dualspeed_keep_40", "H", "DualSpeed keeping 40 %", {"keep_ratio": 0.4}),
         Arm("dualspeed_original", "H", "DualSpeed with original positions", {"positions": "original"}),
+        Arm("full_packed", "I", "all visual tokens, rows packed without padding", PACKED_FULL),
+        Arm("full_packed_equal_time", "I", "all visual tokens, packed, stopped at packed DualSpeed's time", PACKED_FULL,
+            "dualspeed_packed", "full_packed"),
+        Arm("dualspeed_sample", "I", "DualSpeed, a mode for every sample", {"schedule_unit": "sample"}),
+        Arm("dualspeed_packed", "I", "DualSpeed, packed, a mode for every sample", PACKED),
+        Arm("dualspeed_packed_slow_5", "I", "DualSpeed, packed, with 5 % slow samples", {**PACKED, "slow_ratio": 0.05}),
+        Arm("dualspeed_random_keep", "I", "DualSpeed, a random share of every image", {"keep_spread": "random"}),
+        Arm("dualspeed_random_keep_5", "I", "a random share of every image, 5 % slow steps",
+            {"keep_spread": "random", "slow_ratio": 0.05}),
+        Arm("dualspeed_content_keep", "I", "DualSpeed, more of images with more in them", {"keep_spread": "content"}),
+        Arm("dualspeed_two_way", "I", "DualSpeed, both views learn from each other", {"distillation": "two_way"}),
         Arm("mixed", "-", "90 % pruned, 10 % full steps, neither isolator nor KL",
             {"isolator_tokens": 0, "kl_weight": 0.0}),
     )

@@ -132,10 +132,10 @@ def free_cores() -> int:
 
 
 def equal_time_steps(records: dict[str, dict[str, Any]], arm: Arm) -> int | None:
-    """Return how many full steps fit into the time of the arm that limits this one, or None where nothing does."""
+    """Return how many steps fit into the time of the arm that limits this one, or None where nothing does."""
     if arm.time_of is None:
         return None
-    full, limit = records["full"]["results"], records[arm.time_of]["results"]
+    full, limit = records[arm.pace_of]["results"], records[arm.time_of]["results"]
     return max(1, int(full["steps"] * limit["seconds_train"] / full["seconds_train"]))
 
 

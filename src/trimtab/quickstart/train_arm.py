@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +96,15 @@ def judge_arm(task: Task, trainer: Any, folder: Path, progress: Progress) -> dic
     """Ask all test questions: with all visual tokens, as a user of the checkpoint would, and with pruned ones.
 
     Returns:
-        ``accuracy_full`` and ``accuracy_pruned`` (None for an arm that never saw pruned tokens).
+        ``accuracy_full`` and ``accuracy_pruned`` (None for an arm that never saw pruned tokens; of every image the same
+        share is kept, whatever the training did).
     """
     model, processor = open_start(folder / "model")
     common: dict[str, Any] = {"batch_size": 64, "max_new_tokens": 2, "wrong_examples": 8}
     full = exact_match(model, processor, task.test, progress=lambda d, n: progress("answers", d, n), **common)
     pruned = None
-    if trainer.dualspeed is not None:
-        config = trainer.dualspeed.config
+    if trainer.dualspeed is not None and not trainer.dualspeed.config.keeps_all:
+        config = replace(trainer.dualspeed.config, keep_spread="fixed")
         with without_advice():
             handle = attach(model, config)
         if handle.isolator is not None:
@@ -195,7 +197,8 @@ class _Measured(Trainer):  # type: ignore[misc]
 class StepLog(TrainerCallback):  # type: ignore[misc]
     """Has the trainer write one line per step: mode, losses, visual tokens and seconds.
 
-    The seconds span everything between two ends of a step, data included, without the writing of checkpoints.
+    The seconds span everything between two ends of a step, data included, without the writing of checkpoints. Where
+    every sample has its mode, that of the step is "mixed", and the line has the losses of both and how many were slow.
 
     Args:
         arm: Name of the arm, for the progress.
@@ -206,9 +209,12 @@ class StepLog(TrainerCallback):  # type: ignore[misc]
         self.arm, self.progress = arm, progress
         self.trainer: Any = None
         self.mark = 0.0
+        self.slow_samples = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
+        if self.trainer.dualspeed is not None:
+            self.slow_samples = self.trainer.dualspeed.metrics().get("samples_slow", 0)
         self.mark = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -228,13 +234,21 @@ class StepLog(TrainerCallback):  # type: ignore[misc]
         if self.trainer.dualspeed is None:
             return {"mode": "full", "loss": loss, "ce": loss}
         found = self.trainer.dualspeed.metrics()
-        kl = found["kl"] if found["mode"] == "slow" else None
+        slow = found.get("samples_slow", 0) - self.slow_samples
+        self.slow_samples += slow
+        # What a step did not measure is in the metrics as the last one that did left it.
+        kl = found["kl"] if found["mode"] == "slow" or slow else None
+        parts = {}
+        if found["mode"] == "mixed":
+            by_mode = {"ce_fast": slow < self.trainer.args.per_device_train_batch_size, "ce_slow": slow > 0}
+            parts = {n: round(found[n], 5) if now else None for n, now in by_mode.items()} | {"slow_samples": slow}
         names = ("visual_tokens_full", "visual_tokens_kept")
         return {
-            "mode": found["mode"],
+            "mode": "full" if self.trainer.dualspeed.config.keeps_all else found["mode"],
             "loss": loss,
             "ce": round(found["ce"], 5),
             "kl": kl,
+            **parts,
             **{n: found[n] for n in names},
         }
 

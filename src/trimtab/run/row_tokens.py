@@ -162,7 +162,7 @@ def count_kept(
         inputs = {name: value.to(device) for name, value in batch.items()}
         with torch.no_grad():
             encoded, layout = view.encode(inputs)
-            chosen = view.choose(inputs, encoded, layout, 0)
+            chosen = view.choose(inputs, encoded, layout, 0, alone=True)
             view.shorten(inputs, encoded, layout, chosen, prefix)  # refuses what training would refuse
         sizes = [block.shape[0] for block in encoded.blocks]
         places = [place for place, size in enumerate(sizes) if size]  # a row without image may have an empty block

@@ -80,7 +80,11 @@ def build_trainer(
         A Trainer or SFTTrainer, with DualSpeed where the settings have its block.
     """
     from trimtab.data import SupervisedCollator
+    from trimtab.dualspeed.cache_keys import KeyImages
 
+    collator: Any = SupervisedCollator(processor, max_length=config.max_length)
+    if config.dualspeed is not None and config.dualspeed.cache_from is not None:
+        collator = KeyImages(collator)
     extra: dict[str, Any] = {}
     if config.trainer == "sft":
         rows, eval_rows = _as_dataset(rows), None if eval_rows is None else _as_dataset(eval_rows)
@@ -94,7 +98,7 @@ def build_trainer(
         args=arguments,
         train_dataset=rows,
         eval_dataset=eval_rows,
-        data_collator=SupervisedCollator(processor, max_length=config.max_length),
+        data_collator=collator,
         processing_class=processor,
         **extra,
     )

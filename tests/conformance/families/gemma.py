@@ -106,11 +106,13 @@ def _gemma3n() -> Any:
     return Gemma3nForConditionalGeneration(config)
 
 
-def _paligemma() -> Any:
+def paligemma(**changes: Any) -> Any:
+    """Return a PaliGemma 2; keywords change its language model, that of the first PaliGemma is of type ``gemma``."""
     from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
+    text = {"model_type": "gemma2", "sliding_window": 256, **changes}
     config = PaliGemmaConfig(
-        vision_config=siglip_settings(24), text_config=gemma_settings(model_type="gemma2", sliding_window=256),
+        vision_config=siglip_settings(24), text_config=gemma_settings(**text),
         image_token_index=IMAGE, projection_dim=WIDTH, hidden_size=WIDTH, vocab_size=VOCAB,
     )  # fmt: skip
     return PaliGemmaForConditionalGeneration(config)
@@ -242,5 +244,5 @@ FAMILIES = (
     _gemma4_family("gemma4", _gemma4, 2),
     _gemma4_family("gemma4_unified", _gemma4_unified, 1),
     TinyFamily("gemma3n", _gemma3n, _square_images(36), images_of_row, fence=True),
-    TinyFamily("paligemma", _paligemma, _square_images(36), images_of_row, types=_suffix_types),
+    TinyFamily("paligemma", paligemma, _square_images(36), images_of_row, types=_suffix_types),
 )

@@ -56,14 +56,15 @@ def _kimi_images(model: Any, images_per_row: Sequence[int], generator: torch.Gen
     return {**visual, "pixel_values": visual["pixel_values"][:, :48].view(-1, 3, 4, 4)}, runs
 
 
-def _minimax_m3_vl() -> Any:
+def minimax_m3_vl(**changes: Any) -> Any:
+    """Return a MiniMax M3 with one sparse layer; keywords change its language model."""
     from transformers import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLConfig
 
     text = {
         **llama_settings(), "model_type": "minimax_m3_vl_text", "head_dim": 8, "num_experts_per_tok": 2,
         "num_local_experts": 4, "dense_intermediate_size": 48, "shared_intermediate_size": 24, "rotary_dim": 4,
         "mlp_layer_types": ["dense", "sparse"], "layer_types": ["full_attention", "minimax_m3_sparse"],
-        "index_n_heads": 2, "index_head_dim": 8,
+        "index_n_heads": 2, "index_head_dim": 8, **changes,
     }  # fmt: skip
     config = MiniMaxM3VLConfig(
         vision_config=_vision(image_size=48), text_config=text, image_token_index=IMAGE, video_token_index=VIDEO,
@@ -172,7 +173,7 @@ VIDEOS = {"videos": qwen_videos, "videos_of_row": qwen_videos_of_row}
 
 FAMILIES = (
     TinyFamily("kimi_k25", _kimi_k25, _kimi_images, patches_of_row, fence=True),
-    _grid_family("minimax_m3_vl", _minimax_m3_vl, **VIDEOS),
+    _grid_family("minimax_m3_vl", minimax_m3_vl, **VIDEOS),
     _grid_family("muse_glimmer", _muse_glimmer, **VIDEOS),
     _grid_family("muse_spark", _muse_spark, **VIDEOS),
     TinyFamily("inkling2", _inkling2, _token_images, patches_of_row, fence=True, not_masking=CONVOLUTION),

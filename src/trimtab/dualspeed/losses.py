@@ -1,0 +1,88 @@
+"""The loss of a step: cross-entropy at all labels, and the divergence of the two views at those of slow rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from trimtab.dualspeed.config import DualSpeedConfig
+from trimtab.dualspeed.step import Step
+from trimtab.ops.host import to_device
+from trimtab.ops.label_head import label_losses, states_at_labels
+from trimtab.shapes import Tensor
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """Sums over labels, in nats.
+
+    Attributes:
+        ce: Cross-entropy of all labels.
+        ce_fast: That of the rows in fast mode, or None where there are none.
+        ce_slow: That of the rows in slow mode, or None where there are none.
+        kl: Divergence at the labels of slow rows, or None without a teacher.
+        labels_fast: Labels of the rows in fast mode.
+        labels_slow: Labels of the rows in slow mode.
+    """
+
+    ce: Tensor
+    ce_fast: Tensor | None
+    ce_slow: Tensor | None
+    kl: Tensor | None
+    labels_fast: int
+    labels_slow: int
+
+
+def losses_of_step(step: Step, head: Callable[[Tensor], Tensor], config: DualSpeedConfig) -> StepLosses:
+    """Apply the head where labels are, and sum the losses.
+
+    Args:
+        step: A step whose student has run.
+        head: States to scores.
+        config: For temperature, chunk and kind of distillation.
+
+    Returns:
+        The sums. Processes that share a sharded head call it equally often.
+    """
+    assert step.student is not None and step.labels is not None  # noqa: PT018
+    counts = step.label_counts
+    states, labels = states_at_labels(step.student, step.labels, sum(counts))
+    slow = set(step.slow_rows)
+    labels_slow = sum(count for row, count in enumerate(counts) if row in slow)
+    labels_fast = sum(counts) - labels_slow
+    with_slow, with_fast = bool(slow), len(slow) < len(counts)
+    if step.shared is not None:
+        with_slow, with_fast = step.shared.slow, step.mode != "slow"
+    slow_part = fast_part = (states, labels)
+    if with_slow and with_fast:
+        slow_part, fast_part = (_of_rows(states, labels, counts, slow, kind) for kind in (True, False))
+    ce_slow = ce_fast = kl = None
+    if with_slow:
+        least = 1 if step.shared is None else -(-step.shared.slow_labels // config.head_chunk)
+        ce_slow, kl_sum = label_losses(
+            slow_part[0], step.teacher, slow_part[1], head, config.temperature, config.head_chunk, least_chunks=least,
+            two_way=config.distillation == "two_way",
+        )  # fmt: skip
+        kl = None if step.teacher is None else kl_sum
+    if with_fast:
+        least = 1 if step.shared is None else -(-step.shared.labels // config.head_chunk)
+        ce_fast, _ = label_losses(
+            fast_part[0], None, fast_part[1], head, config.temperature, config.head_chunk, least_chunks=least
+        )
+    ce = sum(one for one in (ce_fast, ce_slow) if one is not None)
+    assert isinstance(ce, Tensor)
+    return StepLosses(ce, ce_fast, ce_slow, kl, labels_fast, labels_slow)
+
+
+def _of_rows(
+    states: Tensor, labels: Tensor, counts: Sequence[int], rows: set[int], among: bool
+) -> tuple[Tensor, Tensor]:
+    """Take the states and labels of some rows, or of all others; without waiting for the device."""
+    places: list[int] = []
+    start = 0
+    for row, count in enumerate(counts):
+        if (row in rows) == among:
+            places += range(start, start + count)
+        start += count
+    index = to_device(places, states.device, labels.dtype)
+    return states.index_select(0, index), labels.index_select(0, index)
