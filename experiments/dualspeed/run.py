@@ -19,8 +19,8 @@ PLAN = (
     "dualspeed_slow_0", "dualspeed_slow_5", "dualspeed_slow_20", "dualspeed_slow_30", "dualspeed_keep_5",
     "dualspeed_keep_20", "dualspeed_keep_40", "dualspeed_annealed", "dualspeed_annealed_20",
     "dualspeed_annealed_15_no_kl", "dualspeed_original", "full_packed", "dualspeed_sample", "dualspeed_packed",
-    "full_packed_equal_time", "dualspeed_packed_slow_5", "dualspeed_random_keep", "dualspeed_random_keep_5", "dualspeed_content_keep",
-    "dualspeed_two_way", "mixed",
+    "full_packed_equal_time", "dualspeed_packed_slow_5", "dualspeed_random_keep", "dualspeed_random_keep_5",
+    "dualspeed_content_keep", "dualspeed_two_way", "mixed",
 )  # fmt: skip
 """The arms A to I of the plan, and the mix without isolator and KL."""
 

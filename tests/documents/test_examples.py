@@ -32,6 +32,7 @@ def test_these_are_the_examples() -> None:
         "cached_tower",
         "lora",
         "own_pruner",
+        "packed_loop",
         "plain_loop",
         "trainer_two_lines",
         "trl_plain",
@@ -85,3 +86,13 @@ def test_the_own_pruner_keeps_what_it_says(capsys: pytest.CaptureFixture[str]) -
         assert chosen.index.tolist() == [[1, 3]]
     finally:
         PRUNERS._classes.pop("longest", None)
+
+
+def test_the_packing_example_trains_every_sample_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load(ROOT / "examples" / "packed_loop.py").main(str(tmp_path), samples=24)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert sum(int(line.split()[2]) for line in lines) == 48
+    assert lines[-1].endswith("of 48")
+    assert len(lines) < 24, "several samples in a pack"
+    _, info = LlavaForConditionalGeneration.from_pretrained(str(tmp_path), output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from functools import partial
 from inspect import signature
 from itertools import accumulate
 from typing import Any
@@ -83,10 +84,26 @@ def use_packed_attention(host: Host) -> Callable[[], None]:
     # The setter of the configuration would reach into every part of the model; only the language model changes.
     text._attn_implementation_internal = NAME
 
-    def restore() -> None:
-        text._attn_implementation_internal = before
+    # No closure: a deep copy of the model has to give back its own attention, not that of the original.
+    return partial(_restore, text, before)
 
-    return restore
+
+def _restore(text: Any, before: str) -> None:
+    text._attn_implementation_internal = before
+
+
+def require_packed_attention(host: Host) -> None:
+    """Make sure that what `use_packed_attention` has prepared still holds.
+
+    Raises:
+        SettingError: Somebody has given the model another attention since, under which rows would see each other.
+    """
+    name = host.model.config.get_text_config()._attn_implementation
+    if name == "sdpa" or (name in BY_POSITIONS and not host.family.packs_by_positions):
+        raise SettingError(
+            f"attn_implementation was set to {name!r} after packing had begun, so that the rows of a pack would see "
+            "each other. Set it before DualSpeed is attached, or detach and attach again."
+        )
 
 
 def _unknown_layers(host: Host) -> str:
@@ -113,8 +130,14 @@ def packed_arguments(host: Host, lengths: Sequence[int], device: torch.device, *
         Arguments of its forward, the attention mask among them.
 
     Raises:
-        SettingError: Its attention finds rows by their positions, which have gaps.
+        SettingError: Its attention finds rows by their positions, which have gaps, or no row has a place.
     """
+    lengths = tuple(length for length in lengths if length)
+    if not lengths:
+        raise SettingError(
+            "The batch holds no token (attention_mask is 0 everywhere), so there is nothing to pack. Leave empty rows "
+            "out of the data, or look at the collator."
+        )
     backend = backend_of(host)
     if backend in BY_POSITIONS:
         if gaps:

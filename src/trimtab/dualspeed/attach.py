@@ -17,8 +17,8 @@ from typing import Any, get_args
 import torch
 
 from trimtab.anatomy import has_images, open_host, placeholder_rule
-from trimtab.anatomy.packed_attention import enter_pack, use_packed_attention
-from trimtab.anatomy.recompute import pause_recompute, wraps_recompute
+from trimtab.anatomy.packed_attention import enter_pack, require_packed_attention, use_packed_attention
+from trimtab.anatomy.recompute import pause_recompute, recomputes, wraps_recompute
 from trimtab.dualspeed.cache import TowerCache
 from trimtab.dualspeed.checks import advise, changed_settings, refuse_device_map, refuse_inputs
 from trimtab.dualspeed.config import DualSpeedConfig, require_config
@@ -194,7 +194,7 @@ class DualSpeedHandle:
             self._forced = before
 
     def next_mode(self) -> Mode:
-        """Return the mode of the coming step."""
+        """Return the mode of the coming step; of no use with ``schedule_unit="sample"``, where each row has its own."""
         if self._forced is not None:
             return self._forced
         if not self._host.decoder_trains:
@@ -241,9 +241,12 @@ class DualSpeedHandle:
             Arguments of the model (and of its ``generate``), to be used in evaluation mode.
         """
         if not has_images(batch):
-            return dict(batch)
+            return {name: value for name, value in batch.items() if name not in ENTRIES}
         with self.autocast():
-            return inside_forward(self._model, lambda: self._view.prune(batch, self._isolator_rows(), self.micro_step))
+            pruned = inside_forward(
+                self._model, lambda: self._view.prune(batch, self._isolator_rows(), self.micro_step)
+            )
+        return {name: value for name, value in pruned.items() if name not in ENTRIES}
 
     def chosen_tokens(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """Return which tokens of every image the pruner keeps; for pictures and checks."""
@@ -351,6 +354,8 @@ class DualSpeedHandle:
         refuse_inputs(inputs, self.isolator)
         if not torch.is_grad_enabled():
             return self._without_entries(args, kwargs)
+        if self.config.packing:
+            require_packed_attention(self._host)
         modes = self._modes(inputs)
         self._check_ranks(modes)
         # Processes that must keep in step recompute alike, whatever rows they have.
@@ -502,6 +507,13 @@ class DualSpeedHandle:
                 "not tried where parameters are sharded", self.config.distillation,
             )  # fmt: skip
         self._ranks_agree = True
+        if self.config.recompute == "slow" and not recomputes(self._model):
+            warnings.warn(
+                "recompute='slow' has nothing to suspend: gradient checkpointing of the model is off. Switch it on "
+                "(gradient_checkpointing of the Trainer), or leave recompute at 'model'.",
+                TrimtabWarning,
+                stacklevel=2,
+            )
 
     # coming and going -----------------------------------------------------------------------------------------------
 

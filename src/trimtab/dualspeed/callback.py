@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate.data_loader import DataLoaderDispatcher
 from transformers import TrainerCallback
 
 from trimtab.data import MaskPlaceholders
@@ -245,8 +246,12 @@ def _mask_labels_of(dataloader: Any, handle: DualSpeedHandle) -> None:
     """Mask labels on placeholders before the Trainer counts them, where the collator can be reached."""
     inner = getattr(dataloader, "base_dataloader", dataloader)
     collate = getattr(inner, "collate_fn", None)
-    if collate is not None and not isinstance(collate, NoteRows):
-        inner.collate_fn = handle.collator(MaskPlaceholders(collate, handle.image_token_ids))
+    if collate is None or isinstance(collate, NoteRows | MaskPlaceholders):
+        return
+    masking = MaskPlaceholders(collate, handle.image_token_ids)
+    # accelerate joins or cuts the batches of a dispatcher after they were made, and their notes would not fit.
+    whole = not isinstance(dataloader, DataLoaderDispatcher) and not getattr(dataloader, "split_batches", False)
+    inner.collate_fn = handle.collator(masking) if whole else masking
 
 
 def _checkpoint_of(args: Any, state: Any) -> Path:

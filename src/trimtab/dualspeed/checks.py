@@ -51,6 +51,11 @@ def refuse_inputs(inputs: Mapping[str, Any], isolator: ModeIsolator | None) -> N
         )
     if inputs.get("input_ids") is None:
         raise SettingError("input_ids must be given in training: DualSpeed finds the image placeholders in them.")
+    if not inputs["input_ids"].numel():
+        raise SettingError(
+            f"The batch is empty: input_ids has the shape {tuple(inputs['input_ids'].shape)}. Leave such batches out, "
+            "or look at the sampler and the collator."
+        )
     if inputs.get("labels") is None:
         raise SettingError(
             "labels must be given in training: DualSpeed computes the loss at them. Give labels, or call "

@@ -53,6 +53,10 @@ class DualSpeedConfig:
         pack_tokens: Most tokens of one pack, after pruning; a Trainer then chooses the samples of every batch by this
             budget in place of ``per_device_train_batch_size``. None packs the batches as they come. Needs `packing`.
         oversize: What to do with a sample of more than `pack_tokens`: ``"error"``, or ``"own"`` for a pack of its own.
+        bucket_pool: A Trainer then makes batches of ``per_device_train_batch_size`` rows of like length, cut from pools
+            of this many batches for each process, at least 2; 50 is a good value. For models that cannot be packed; not
+            together with `pack_tokens`. What counts is the length in a row's mode with ``schedule_unit="sample"``, else
+            that after pruning. None leaves the Trainer's own sampling.
         recompute: Of a model with gradient checkpointing, ``"model"`` recomputes in every step, as the model says,
             ``"slow"`` in steps with slow samples only: faster, with the memory of a fast step without checkpointing.
         keep_spread: ``"fixed"`` keeps `keep_ratio` of every image (the paper), ``"random"`` another share of every
@@ -81,6 +85,7 @@ class DualSpeedConfig:
     packing: bool = False
     pack_tokens: int | None = None
     oversize: str = "error"
+    bucket_pool: int | None = None
     recompute: str = "model"
     keep_spread: str = "fixed"
     distillation: str = "one_way"
@@ -118,6 +123,12 @@ class DualSpeedConfig:
                     "DualSpeedConfig", "keep_spread", "'fixed' with pack_tokens, for which lengths must be known "
                     "beforehand", self.keep_spread,
                 )  # fmt: skip
+        if self.bucket_pool is not None:
+            self._require("bucket_pool", int, lambda v: v >= 2, "a whole number, at least 2, or None")
+            if self.pack_tokens is not None:
+                raise setting_error("DualSpeedConfig", "bucket_pool", "None with pack_tokens", self.bucket_pool)
+        elif self.oversize != "error":
+            raise setting_error("DualSpeedConfig", "oversize", "'error' without pack_tokens", self.oversize)
         if self.schedule == "annealed" and self.schedule_unit == "sample":
             raise setting_error(
                 "DualSpeedConfig", "schedule", "'stratified' or 'bernoulli' with schedule_unit='sample', where the "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from trimtab.dualspeed.numbered import CollateNumbered as CollateNumbered
@@ -160,6 +161,9 @@ class PackSampler(_PlannedSampler):
 class BucketSampler(_PlannedSampler):
     """A batch sampler of padded batches whose samples have about one length; see `bucket_batches`.
 
+    Samples that fill no whole group are shared out to one batch for every process. Where there are fewer of them than
+    processes, those of the group before are shared out with them, to two batches for every process.
+
     Attributes:
         epoch: The pass through the data set, from 0.
     """
@@ -173,6 +177,7 @@ class BucketSampler(_PlannedSampler):
         seed: int,
         pool: int = 50,
         group: int = 1,
+        drop_last: bool = False,
     ) -> None:
         """Keep the settings and plan the first epoch.
 
@@ -182,17 +187,45 @@ class BucketSampler(_PlannedSampler):
             slow_ratio: Mean share of slow samples.
             seed: Names shuffle and modes.
             pool: Groups of batches that are sorted together.
-            group: Batches that the processes take together in one step.
+            group: Batches that the processes take together in one step. The number of batches is a whole multiple of
+                it, save with batches of one sample, or fewer samples than `group`.
+            drop_last: Leave out the samples that fill no whole group; other ones in each epoch.
 
         Raises:
             SettingError: As `bucket_batches`.
         """
         super().__init__()
-        self.lengths = lengths
-        self._settings: dict[str, Any] = {
-            "batch_size": batch_size, "slow_ratio": slow_ratio, "seed": seed, "pool": pool, "group": group,
-        }  # fmt: skip
+        self.lengths, self._drop_last = lengths, drop_last
+        self._draw: dict[str, Any] = {"slow_ratio": slow_ratio, "seed": seed}
+        self._settings: dict[str, Any] = {"batch_size": batch_size, "pool": pool, "group": group}
         self.plan(0)
 
+    def fill(self) -> float:
+        """Return the share of the places of this epoch's batches that hold tokens, and no padding."""
+        size = self._sizes(self.epoch)
+        batches = [[size[sample] for sample in batch] for batch in self.plan(self.epoch)]
+        return sum(map(sum, batches)) / sum(len(batch) * max(batch) for batch in batches)
+
     def _make_plan(self, epoch: int) -> list[list[int]]:
-        return bucket_batches(self.lengths, epoch=epoch, **self._settings)
+        batches = bucket_batches(self.lengths, epoch=epoch, **self._draw, **self._settings)
+        whole = len(self.lengths) // (self._settings["batch_size"] * self._settings["group"]) * self._settings["group"]
+        return batches[:whole] if self._drop_last else self._share_out(batches, whole, epoch)
+
+    def _share_out(self, batches: list[list[int]], whole: int, epoch: int) -> list[list[int]]:
+        """Cut the samples behind the first `whole` batches anew, so that the batches are whole groups."""
+        group, left = self._settings["group"], sum(map(len, batches[whole:]))
+        if not left:
+            return batches
+        if left < group <= whole:
+            whole -= group
+        rest = [sample for batch in batches[whole:] for sample in batch]
+        count = -(-(len(batches) - whole) // group) * group
+        if len(rest) < count:
+            return batches
+        if len(rest) > left:
+            rest.sort(key=self._sizes(epoch).__getitem__, reverse=True)
+        edges = [len(rest) * place // count for place in range(count + 1)]
+        return batches[:whole] + [rest[start:end] for start, end in pairwise(edges)]
+
+    def _sizes(self, epoch: int) -> list[int]:
+        return [tokens for _, tokens in lengths_of_modes(self.lengths, **self._draw, epoch=epoch)]

@@ -85,15 +85,17 @@ class StepMaker:
         step.tokens_full = step.tokens_kept = sum(sizes)
         every = len(slow) == len(layout.lengths)
         teaches = self._teaches(step, slow)
+        # In step with processes that have fast rows, a batch of slow ones takes the same way.
+        joins = step.shared is not None and step.mode == "mixed"
         kept = None
-        if not every or teaches:
+        if not every or teaches or joins:
             kept = self.view.choose(inputs, encoded, layout, draw)
         if step.shared is None:
             step.slow_rows = slow if kept is None else self._rows_that_lose(slow, kept, sizes, layout)
         if teaches:
             assert kept is not None
             step.teacher = self._teach(step, inputs, encoded, layout, kept)
-        if every and not self.config.packing:
+        if every and not self.config.packing and not joins:
             return full_inputs(self.host, inputs, encoded)
         shown = _whole(encoded, layout, slow, kept)
         step.tokens_kept = shown.count
@@ -175,15 +177,15 @@ class StepMaker:
         if "text" in self.view.pruner.needs and chooses:
             with torch.no_grad():
                 embeddings(inputs["input_ids"])
-        if step.mode != "slow" and self.has_isolator:
-            prefix = self.isolator()
-            assert prefix is not None
-            blank = blank + prefix.sum()
         if teaches:
             view = self.view.shorten(inputs, NO_IMAGES, layout, KeptTokens([], []), None)
             with torch.no_grad():
                 self.isolator()  # gathered here, as for a view with images
                 step.teacher = _of_rows(self._states(view, sum(layout.labels)), layout.labels, slow)
+        if step.mode != "slow" and self.has_isolator:  # behind the teacher's pass, as for a view with images
+            prefix = self.isolator()
+            assert prefix is not None
+            blank = blank + prefix.sum()
         # With weight zero the blank image enters where features do, so that the backward pass goes the same way too.
         step.pace = embeddings.register_forward_hook(lambda module, args, output: output + 0 * blank.to(output.dtype))
 

@@ -260,7 +260,8 @@ def _collator_facts(collator: Any) -> list[str]:
     facts = []
     while collator is not None:
         facts.append(f"{type(collator).__module__}.{type(collator).__qualname__} {getattr(collator, 'max_length', '')}")
-        collator = getattr(collator, "collator", None) or getattr(collator, "data_collator", None)
+        inside = (getattr(collator, name, None) for name in ("collator", "collate", "data_collator"))
+        collator = next((one for one in inside if one is not None), None)
     return facts
 
 

@@ -18,7 +18,14 @@ from trimtab.dualspeed.config import DualSpeedConfig, read_config
 from trimtab.dualspeed.packs import SampleLength
 from trimtab.dualspeed.ranks import is_sharded
 from trimtab.dualspeed.samples import ENTRIES
-from trimtab.dualspeed.trainer_data import loading_facts, numbers_samples, refuse_loading, training_loader
+from trimtab.dualspeed.trainer_data import (
+    chosen_by,
+    loading_facts,
+    notes_of_training,
+    numbers_samples,
+    refuse_loading,
+    training_loader,
+)
 from trimtab.errors import SettingError, TrimtabWarning, WrongOrderError, setting_error
 
 if TYPE_CHECKING:
@@ -36,9 +43,10 @@ def with_dualspeed(trainer_class: type[Any]) -> type[Any]:
     last log; checkpoints gain the folder ``dualspeed/``; what ``save_model`` writes is otherwise an ordinary
     checkpoint. Labels are counted without image placeholders.
 
-    With `pack_tokens` the training batches are filled by length. Every row of the training data is measured before the
-    first step, and the lengths are kept in ``output_dir``; a second argument, ``dualspeed_lengths`` (one `SampleLength`
-    for each row), skips that. The Trainer's ``seed`` then has no say in the order of the rows, that of DualSpeed has.
+    With `pack_tokens` or `bucket_pool` rows come together by length. Every row of the training data is measured before
+    the first step, and the lengths are kept in ``output_dir``; a second argument, ``dualspeed_lengths`` (one
+    `SampleLength` for each row), skips that. The Trainer's ``seed`` then has no say in the order of the rows, that of
+    DualSpeed has.
 
     Training steps take DualSpeed's loss and call no ``compute_loss`` of the Trainer class; evaluation does. After
     ``trainer.dualspeed.detach()`` the Trainer saves and evaluates as without DualSpeed, and trains no more.
@@ -76,8 +84,10 @@ class _DualSpeedMixin:
         **kwargs: Any,
     ) -> None:
         config = read_config(dualspeed, "with_dualspeed", "dualspeed")
-        if dualspeed_lengths is not None and (config is None or config.pack_tokens is None):
-            raise SettingError("dualspeed_lengths has no use without pack_tokens. Set pack_tokens, or leave it out.")
+        if dualspeed_lengths is not None and (config is None or chosen_by(config) is None):
+            raise SettingError(
+                "dualspeed_lengths has no use without pack_tokens or bucket_pool. Set one of them, or leave it out."
+            )
         super().__init__(*args, **kwargs)
         if config is None:
             return
@@ -104,7 +114,7 @@ class _DualSpeedMixin:
         me.dualspeed = handle
         me._dualspeed_lengths, me._dualspeed_packs = dualspeed_lengths, None
         if not config.prunes_nothing:
-            me.data_collator = handle.collator(MaskPlaceholders(me.data_collator, handle.image_token_ids))
+            me.data_collator = MaskPlaceholders(me.data_collator, handle.image_token_ids)
             # Our loss takes the count of labels for every model, also for those whose own loss does not.
             me.model_accepts_loss_kwargs = True
 
@@ -114,6 +124,11 @@ class _DualSpeedMixin:
         Raises:
             SettingError: The training data have no rows by number, or a row is longer than `pack_tokens`.
         """
+        me: Any = self
+        with notes_of_training(me, self.dualspeed):
+            return self._training_loader()
+
+    def _training_loader(self) -> Any:
         me: Any = self
         if self.dualspeed is None or me.train_dataset is None or not numbers_samples(self.dualspeed.config):
             return super().get_train_dataloader()  # type: ignore[misc]
@@ -142,8 +157,9 @@ class _DualSpeedMixin:
         return (total, outputs) if return_outputs else total
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> Any:
-        """Take out what only DualSpeed understands, once it is detached."""
-        if self.dualspeed is not None and not self.dualspeed.attached:
+        """Take out what only a step of DualSpeed understands, in evaluation and once it is detached."""
+        me: Any = self
+        if self.dualspeed is not None and not (self.dualspeed.attached and me.model.training):
             inputs = {name: value for name, value in inputs.items() if name not in ENTRIES}
         return super()._prepare_inputs(inputs)  # type: ignore[misc]
 

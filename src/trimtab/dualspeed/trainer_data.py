@@ -1,21 +1,22 @@
-"""The training data loader of a Trainer whose batches are packs, or whose modes are drawn sample by sample."""
+"""The training data loader of a Trainer that chooses batches by length, or whose modes are drawn sample by sample."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
 from trimtab.anatomy import open_host
 from trimtab.dualspeed.config import DualSpeedConfig
-from trimtab.dualspeed.loader import PackSampler
-from trimtab.dualspeed.numbered import NumberedRows, NumberedSampler, collate_numbered
+from trimtab.dualspeed.loader import BucketSampler, PackSampler
+from trimtab.dualspeed.numbered import NumberedRows, NumberedSampler, collate_numbered, is_iterable_only
 from trimtab.dualspeed.packs import SampleLength
 from trimtab.dualspeed.sample_lengths import (
     lengths_fingerprint,
@@ -26,6 +27,9 @@ from trimtab.dualspeed.sample_lengths import (
 )
 from trimtab.errors import DataError, SettingError
 
+if TYPE_CHECKING:
+    from trimtab.dualspeed.attach import DualSpeedHandle
+
 logger = logging.getLogger("trimtab")
 
 LENGTHS_FILE = "dualspeed_lengths.safetensors"
@@ -35,7 +39,12 @@ PROBES = 8
 
 def numbers_samples(config: DualSpeedConfig) -> bool:
     """Whether training batches must say which samples they hold, or are chosen by length."""
-    return config.pack_tokens is not None or config.schedule_unit == "sample"
+    return chosen_by(config) is not None or config.schedule_unit == "sample"
+
+
+def chosen_by(config: DualSpeedConfig) -> str | None:
+    """Return the name of the setting by which the samples of a batch are chosen by length, None without one."""
+    return next((name for name in ("pack_tokens", "bucket_pool") if getattr(config, name) is not None), None)
 
 
 def refuse_loading(trainer: Any, config: DualSpeedConfig) -> None:
@@ -53,23 +62,35 @@ def refuse_loading(trainer: Any, config: DualSpeedConfig) -> None:
             "schedule='annealed' makes the share of slow steps climb, but with schedule_unit='sample' modes are drawn "
             "sample by sample with one share. Set schedule='bernoulli', or schedule_unit='optimizer'."
         )
-    setting = "pack_tokens" if config.pack_tokens is not None else "schedule_unit='sample'"
+    choice = chosen_by(config)
+    setting = choice or "schedule_unit='sample'"
     args = trainer.args
+    if (
+        config.pack_tokens is not None
+        and config.schedule_unit != "sample"
+        and 0 < config.slow_ratio < 1
+        and not config.keeps_all
+        and open_host(trainer.model).decoder_trains
+    ):
+        raise SettingError(
+            f"pack_tokens={config.pack_tokens} with schedule_unit={config.schedule_unit!r}: in a slow step every row "
+            "of a pack would be full, and the pack far longer than pack_tokens. Set schedule_unit='sample'."
+        )
     strategy = getattr(args, "train_sampling_strategy", "random")
-    if strategy == "batch_rebalance" or (config.pack_tokens is not None and strategy == "group_by_length"):
+    if strategy == "batch_rebalance" or (choice and strategy == "group_by_length"):
         raise SettingError(
             f"train_sampling_strategy={strategy!r} and {setting} both choose the samples of a batch. Set "
-            "train_sampling_strategy='random'; packs are of equal length anyway."
+            "train_sampling_strategy='random'; pack_tokens and bucket_pool look at lengths anyway."
         )
-    if getattr(args, "group_by_length", False) and config.pack_tokens is not None:
-        raise SettingError("group_by_length=True and pack_tokens both choose the samples of a batch. Set one of them.")
+    if getattr(args, "group_by_length", False) and choice:
+        raise SettingError(f"group_by_length=True and {choice} both choose the samples of a batch. Set one of them.")
     if args.auto_find_batch_size and config.pack_tokens is not None:
         raise SettingError(
             "auto_find_batch_size=True makes per_device_train_batch_size smaller, which pack_tokens leaves without "
             "effect. Set it to False, and lower pack_tokens where memory does not suffice."
         )
     for name in ("dispatch_batches", "split_batches"):
-        if getattr(args.accelerator_config, name, None) and (name == "dispatch_batches" or config.pack_tokens):
+        if getattr(args.accelerator_config, name, None) and (name == "dispatch_batches" or choice):
             raise SettingError(
                 f"accelerator_config has {name}=True, which cuts batches up after they were made; {setting} needs them "
                 "whole. Leave it out."
@@ -84,13 +105,37 @@ def refuse_loading(trainer: Any, config: DualSpeedConfig) -> None:
         )
 
 
+@contextlib.contextmanager
+def notes_of_training(trainer: Any, handle: DualSpeedHandle | None) -> Iterator[None]:
+    """While active, the Trainer's collator counts the rows of its batches; those of the evaluation stay as they are.
+
+    Not where accelerate joins or cuts batches after they were made, as it does with iterable data sets.
+
+    Args:
+        trainer: The Trainer.
+        handle: Its handle, or None without DualSpeed.
+    """
+    collate = trainer.data_collator
+    told = trainer.args.accelerator_config
+    dispatches = told.dispatch_batches
+    if dispatches is None:
+        dispatches = trainer.train_dataset is not None and is_iterable_only(trainer.train_dataset)
+    if handle is not None and not (handle.config.prunes_nothing or dispatches or told.split_batches):
+        trainer.data_collator = handle.collator(collate)
+    try:
+        yield
+    finally:
+        trainer.data_collator = collate
+
+
 def training_loader(
     trainer: Any, config: DualSpeedConfig, lengths: Sequence[SampleLength] | None = None
-) -> tuple[Any, PackSampler | None]:
+) -> tuple[Any, PackSampler | BucketSampler | None]:
     """Build and prepare the loader of the training batches.
 
-    With `pack_tokens` process p of P takes the packs p, p + P, ... of a plan that all make alike, from the seed of
-    DualSpeed and not of the Trainer. Without, the Trainer's own sampler chooses, and the batches only gain ``samples``.
+    With `pack_tokens` or `bucket_pool` process p of P takes the batches p, p + P, ... of a plan that all make alike,
+    from the seed of DualSpeed and not of the Trainer. Without, the Trainer's own sampler chooses, and the batches only
+    gain ``samples``.
 
     Args:
         trainer: The Trainer.
@@ -98,20 +143,22 @@ def training_loader(
         lengths: Of every row; None measures them where they are needed.
 
     Returns:
-        The loader, and its sampler where that is one of packs.
+        The loader, and its sampler where that is one of packs or of buckets.
 
     Raises:
-        SettingError: The data set has no rows by number, or a row is too long.
+        SettingError: The data set has no rows by number, a row is too long, or there are too few rows.
     """
     rows = NumberedRows(trainer.train_dataset)
     collator = _seen_columns(trainer, rows)
     settings = {"batch_size": trainer._train_batch_size, "drop_last": trainer.args.dataloader_drop_last}
-    packs = None
-    if config.pack_tokens is not None:
+    planned: PackSampler | BucketSampler | None = None
+    if chosen_by(config) is not None:
         found = trainer_lengths(trainer, config, rows, collator) if lengths is None else lengths
-        packs = pack_sampler(trainer, config, require_lengths(found, len(rows), type(trainer).__name__))
-        settings = {"batch_sampler": packs}
-        rows.sampler = packs
+        found = require_lengths(found, len(rows), type(trainer).__name__)
+        make = bucket_sampler if config.pack_tokens is None else pack_sampler
+        planned = make(trainer, config, found)
+        settings = {"batch_sampler": planned}
+        rows.sampler = planned
     else:
         settings["sampler"] = trainer._get_train_sampler(rows.dataset)
     args = trainer.args
@@ -122,10 +169,10 @@ def training_loader(
         **_worker_settings(args),
     )
     prepared = trainer.accelerator.prepare(loader)
-    if packs is None:  # after accelerate has put its own, reproducible sampler in the place of a random one
+    if planned is None:  # after accelerate has put its own, reproducible sampler in the place of a random one
         inner = getattr(prepared.batch_sampler, "batch_sampler", prepared.batch_sampler)
         inner.sampler = rows.sampler = NumberedSampler(inner.sampler)
-    return prepared, packs
+    return prepared, planned
 
 
 def _seen_columns(trainer: Any, rows: NumberedRows) -> Any:
@@ -193,6 +240,49 @@ def pack_sampler(trainer: Any, config: DualSpeedConfig, lengths: Sequence[Sample
     return sampler
 
 
+def bucket_sampler(trainer: Any, config: DualSpeedConfig, lengths: Sequence[SampleLength]) -> BucketSampler:
+    """Plan the batches of like length of a Trainer's run, with as many for every process.
+
+    Args:
+        trainer: The Trainer.
+        config: Settings with `bucket_pool`.
+        lengths: Of every row.
+
+    Raises:
+        SettingError: There are too few rows for the processes.
+    """
+    assert config.bucket_pool is not None
+    args, processes, size = trainer.args, trainer.accelerator.num_processes, trainer._train_batch_size
+    # A frozen language model takes fast steps only; where steps have modes, most are fast.
+    by_mode = config.schedule_unit == "sample" and open_host(trainer.model).decoder_trains
+    sampler = BucketSampler(
+        lengths,
+        batch_size=size,
+        slow_ratio=config.slow_ratio if by_mode else 0,
+        seed=config.seed,
+        pool=config.bucket_pool,
+        group=processes,
+        drop_last=args.dataloader_drop_last,
+    )
+    if not len(sampler):
+        raise SettingError(
+            f"dataloader_drop_last=True leaves out all {len(lengths)} rows, fewer than one step takes ({size} for each "
+            f"of {processes} processes). Set it to False, or lower per_device_train_batch_size."
+        )
+    if len(sampler) % processes:
+        raise SettingError(
+            f"{len(lengths)} rows in batches of {size} cannot be shared out so that each of {processes} processes has "
+            "a batch in every step, each row once. Set per_device_train_batch_size to 2 or more, or "
+            "dataloader_drop_last=True, and give at least as many rows as there are processes."
+        )
+    if args.process_index == 0:
+        logger.info(
+            "%d batches of rows of like length in each epoch, %.1f %% padding.",
+            len(sampler), 100 * (1 - sampler.fill()),
+        )  # fmt: skip
+    return sampler
+
+
 def trainer_lengths(trainer: Any, config: DualSpeedConfig, rows: NumberedRows, collator: Any) -> list[SampleLength]:
     """Measure the rows of a Trainer, each process its share, or take what an earlier run left in ``output_dir``.
 
@@ -245,6 +335,8 @@ def _from_all(value: Any) -> list[Any]:
     return gathered
 
 
-def loading_facts(packs: PackSampler | None) -> Mapping[str, Any]:
+def loading_facts(planned: PackSampler | BucketSampler | None) -> Mapping[str, Any]:
     """What processes must have in common beside the length of their data."""
-    return {} if packs is None else {"plan of the packs": packs.fingerprint()}
+    if planned is None:
+        return {}
+    return {f"plan of the {'packs' if isinstance(planned, PackSampler) else 'batches'}": planned.fingerprint()}
