@@ -82,17 +82,21 @@ def measure(options: argparse.Namespace) -> None:
         raise SettingError(
             "--size real needs a GPU, but torch sees none. Give --small to try the command on a CPU, or --size toy."
         )
+    if options.small and options.records.resolve() == RECORDS:
+        raise SettingError("--small makes no records for the page. Give another folder with --records.")
     runs = REAL if options.size == "real" else TOY
     known = [name for name, _ in runs]
     for name in options.only or ():
         if name not in known:
             raise SettingError(f"--only must name some of {', '.join(known)}, but {name!r} came.")
     for name, given in runs:
-        path = options.records / f"training_{name}.json"
+        cut = "" if options.layers is None else f"_{options.layers}_layers"
+        path = options.records / f"training_{name}{cut}.json"
         if path.exists() or (options.only and name not in options.only):
             continue
         sys.stdout.write(f"{name} ...\n")
-        extra: dict[str, Any] = {"repeats": options.repeats or (5 if options.size == "toy" else 3)}
+        usual = 5 if options.size == "toy" else 3
+        extra: dict[str, Any] = {"repeats": usual if options.repeats is None else options.repeats}
         extra["attention"] = options.attention
         if options.layers is not None:
             extra["layers"] = options.layers

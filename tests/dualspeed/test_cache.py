@@ -519,3 +519,36 @@ def test_a_second_writer_is_refused_and_a_reader_is_not(tmp_path: Path) -> None:
     assert len(TowerCache(**make).store) == 9
     writer.close()
     TowerCache(**make, write=True, dtype="float32").close()
+
+
+@pytest.mark.parametrize("kind", ["features", "indices"])
+def test_other_weights_loaded_later_are_refused(kind: str, tmp_path: Path) -> None:
+    model, batches = build("llava")
+    fill(tmp_path, model, batches, kind, **PICKY)
+    with attached(model, cache_from=str(tmp_path), **PICKY) as handle:
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+        model(**batches[0])
+        assert handle.metrics()["cache_misses"] == 0, "the same weights again are the same tower"
+        other_weights(model)
+        with pytest.raises(SettingError, match=r"tower\.weights"):
+            model(**batches[0])
+
+
+def test_stored_indices_of_another_precision_are_refused(tmp_path: Path) -> None:
+    model, batches = build("llava")
+    fill(tmp_path, model, batches, "indices", **PICKY)
+    with (
+        attached(model, cache_from=str(tmp_path), **PICKY),
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(SettingError, match="under autocast None, but here it runs under 'bfloat16'"),
+    ):
+        model(**batches[0])
+
+
+def test_kept_states_do_not_serve_processes_in_lockstep(tmp_path: Path) -> None:
+    model, batches = build("llava")
+    fill(tmp_path, model, batches, "kept", **PICKY)
+    with attached(model, cache_from=str(tmp_path), **PICKY) as handle:
+        handle._view.cache.require_hits = True
+        with pytest.raises(SettingError, match="kind 'kept' cannot serve FSDP and ZeRO"):
+            handle._view.encode(batches[0], [])

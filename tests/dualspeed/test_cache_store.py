@@ -292,3 +292,21 @@ def test_an_error_inside_keeps_what_is_sound_and_gives_the_lock_back(
         store_then_fail(tmp_path, 2, None)
     monkeypatch.undo()
     CacheStore(tmp_path, FACTS, write=True).close()
+
+
+@pytest.mark.parametrize("entries", [1, 3])
+def test_a_shard_of_which_nothing_is_sound_is_mended_under_its_own_name(entries: int, tmp_path: Path) -> None:
+    write(tmp_path, range(entries))
+    (path,) = shards(tmp_path)
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    first, last = json.loads(content[8:start])["states"]["data_offsets"]
+    content[start + first : start + last] = bytes(255 - one for one in content[start + first : start + last])
+    path.write_bytes(bytes(content))
+    with CacheStore(tmp_path, FACTS, write=True) as store:
+        with pytest.warns(TrimtabWarning, match="failed its checksum"):
+            assert not any(store.get(key(number)) for number in range(entries))
+        for number in range(entries):
+            store.put(key(number), entry(number, 1 + number % 3))
+    assert shards(tmp_path) == [path]
+    assert sound(tmp_path, range(entries)) == list(range(entries))

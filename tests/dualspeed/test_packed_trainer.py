@@ -363,7 +363,10 @@ def test_processes_with_other_plans_stop_before_the_first_step(tmp_path: Path) -
         ({"auto_find_batch_size": True}, "auto_find_batch_size.*pack_tokens"),
         ({"accelerator_config": {"split_batches": True}}, "split_batches"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
-        ({"dualspeed": {**PADDED, "schedule": "annealed"}}, "annealed.*schedule_unit='sample'"),
+        (
+            {"dualspeed": {**PADDED, "schedule": "annealed"}},
+            r"DualSpeedConfig\.schedule must be .*schedule_unit='sample'.*'annealed' came",
+        ),
         (
             {"dualspeed": PADDED, "train_sampling_strategy": "batch_rebalance"},
             "batch_rebalance.*schedule_unit='sample'",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,3 +284,18 @@ def test_out_belongs_to_training(capsys: pytest.CaptureFixture[str], tmp_path: P
     with pytest.raises(SystemExit):
         main(["bench", "pruners", "--out", str(tmp_path / "x.json")])
     assert "--out takes the record of `trimtab bench training`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"attention": "paper_attention"}, "bench training.attention must be one that transformers has"),
+        ({"device": "abacus"}, "bench training.device must be one that torch can use"),
+        ({"device": "meta"}, "bench training.device must be cpu or cuda"),
+        ({"micro_batch": 0}, "micro_batch must be a finite number above 0, but 0 came"),
+        ({"pack_tokens": 50}, "bench training.pack_tokens must be at least 57"),
+    ],
+)
+def test_what_no_machine_can_run_is_refused_with_words(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(SettingError, match=re.escape(named)):
+        bench_training(layers=1, **given)

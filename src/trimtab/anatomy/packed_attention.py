@@ -45,7 +45,8 @@ def backend_of(host: Host) -> str:
     raise SettingError(
         f"packing=True needs to know how attention keeps the rows of a pack apart, but attn_implementation={name!r} is "
         "not one of sdpa, flash_attention_2, flash_attention_3, flash_attention_4, flex_attention, eager. Load the "
-        "model with one of them, or batch rows of like length (trimtab.BucketSampler) with packing=False."
+        "model with one of them, or batch rows of like length (bucket_pool, or trimtab.BucketSampler) with "
+        "packing=False."
     )
 
 
@@ -64,7 +65,7 @@ def use_packed_attention(host: Host) -> Callable[[], None]:
     if reason := host.family.unpackable or _unknown_layers(host):
         raise SettingError(
             f"packing=True is not possible with {type(host.model).__name__}: {reason} Batch rows of "
-            "like length (trimtab.BucketSampler) with packing=False."
+            "like length (bucket_pool, or trimtab.BucketSampler) with packing=False."
         )
     text = host.model.config.get_text_config()
     before = text._attn_implementation
@@ -73,7 +74,7 @@ def use_packed_attention(host: Host) -> Callable[[], None]:
             f"packing=True is not possible with {type(host.model).__name__} under attn_implementation={before!r}: "
             "transformers finds the rows of a pack by their positions there, and lets those of this family see each "
             "other. Load the model with attn_implementation='sdpa'; where it has none (PaliGemma 2), batch rows of "
-            "like length (trimtab.BucketSampler) with packing=False."
+            "like length (bucket_pool, or trimtab.BucketSampler) with packing=False."
         )
     if backend_of(host) != "sdpa" or before == NAME:
         return lambda: None

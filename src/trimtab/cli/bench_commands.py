@@ -51,15 +51,15 @@ def _bench_training(arguments: list[str], steps: int | None, out: Path | None, a
         given["repeats"] = steps
     with show.only_json(as_json), show.progress_bar("rounds") as progress:
         record = bench_training(**given, progress=progress)
-    if out is not None:
-        write_record(out, record)
     if as_json:
         show.print_json(record)
-        return
-    for table in training_tables(record):
-        show.print_table(table.title, table.columns, table.rows)
-        for line in table.notes:
-            print(line)
+    else:
+        for table in training_tables(record):
+            show.print_table(table.title, table.columns, table.rows)
+            for line in table.notes:
+                print(line)
+    if out is not None:  # last, so that a place that cannot be written costs the file only
+        write_record(out, record)
 
 
 def _arguments(

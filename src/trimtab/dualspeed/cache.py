@@ -26,7 +26,7 @@ from trimtab.anatomy.tower_cache import (
     tower_shape,
 )
 from trimtab.dualspeed.cache_choice import require_storable
-from trimtab.dualspeed.cache_facts import cache_facts, require_fit, require_frozen
+from trimtab.dualspeed.cache_facts import cache_facts, require_fit, require_frozen, require_unmoved, tower_version
 from trimtab.dualspeed.cache_keys import ENTRY, Keys, image_keys, joint_key, tile_keys
 from trimtab.dualspeed.cache_shard import Entry
 from trimtab.dualspeed.cache_store import CacheStore
@@ -122,6 +122,7 @@ class TowerCache:
         self.kind: str = self.store.facts["kind"]
         self._dtype = DTYPES[self.store.facts["dtype"]]
         self._stored_needs = frozenset(self.store.facts["observed"])
+        self._version = tower_version(host)
 
     # one batch ------------------------------------------------------------------------------------------------------
 
@@ -133,13 +134,14 @@ class TowerCache:
             full: Rows of which all states are needed, or None for all; with kind ``"kept"`` the images of other rows
                 get zeros for tokens that are not kept.
         """
-        require_frozen(self._host)
+        self._require_current()
         keys = self._keys(batch)
         if self.kind == "features":
             self._batch = None
             return partial(self._serve, supply=partial(self._features, keys))
         self._batch = self._look_up(batch, keys, full)
         if self.kind == "indices":
+            self._check_precision()
             return partial(_observe_unless, all(one is not None for one in self._batch.entries) and bool(keys))
         return partial(self._serve, supply=self._kept)
 
@@ -307,6 +309,21 @@ class TowerCache:
         self.store.put(batch.keys[number], entry)
 
     # checks ---------------------------------------------------------------------------------------------------------
+
+    def _require_current(self) -> None:
+        """Refuse a tower that trains, or whose weights were changed since it was compared with the cache."""
+        require_frozen(self._host)
+        if self.require_hits:  # weights may be in pieces here, which cannot be compared
+            if self.kind == "kept":
+                raise SettingError(
+                    "A cache of kind 'kept' cannot serve FSDP and ZeRO: a process whose rows are all fast does not run "
+                    "the tower, and one with slow rows or without images would wait for it. Take kind 'features'."
+                )
+            return
+        version = tower_version(self._host)
+        if version != self._version:
+            require_unmoved(self.store, self._host)
+            self._version = version
 
     def _count(self, hits: int, misses: int) -> None:
         self.hits += hits

@@ -48,7 +48,7 @@ def cache_facts(
         precision: Number format of the autocast under which the tower runs, or None.
         weights: Digest of the tower's weights; they are read where it is empty.
     """
-    facts = {
+    facts: dict[str, Any] = {
         "kind": kind,
         "dtype": dtype,
         "precision": precision,
@@ -57,6 +57,7 @@ def cache_facts(
     }
     if kind != "features":
         facts["pruning"] = {name: config.to_dict()[name] for name in PRUNE_SETTINGS}
+        facts["pruning"]["class"] = f"{type(pruner).__module__}.{type(pruner).__qualname__}"
     result: dict[str, Any] = json.loads(json.dumps(facts))
     return result
 
@@ -77,6 +78,21 @@ def require_fit(store: CacheStore, host: Host, config: DualSpeedConfig, pruner: 
             "needs: it was made for another pruner. Make it anew with the settings of this run."
         )
     require_same(store.folder, stored, {**wanted, "observed": stored["observed"]}, writes=False)
+
+
+def require_unmoved(store: CacheStore, host: Host) -> None:
+    """Refuse a tower that is no longer the one a cache was opened for.
+
+    Raises:
+        SettingError: Its weights or its configuration differ from the cache's.
+    """
+    tower = json.loads(json.dumps(_tower_facts(host, "")))
+    require_same(store.folder, store.facts, {**store.facts, "tower": tower}, writes=store.writes)
+
+
+def tower_version(host: Host) -> int:
+    """Return a number that grows when a weight of the tower is written to, as by `load_state_dict`."""
+    return sum(0 if one.is_inference() else one._version for one in tower_of(host).parameters())
 
 
 def _tower_facts(host: Host, weights: str) -> dict[str, Any]:

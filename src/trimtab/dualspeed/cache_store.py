@@ -244,7 +244,10 @@ class CacheStore:
                     if entry is not None:
                         self._pending[key] = entry
             self.flush()
-            self._shards[number].path.unlink(missing_ok=True)
+            path = self._shards[number].path
+            # Made anew with the same entries a shard has the same name, and now stands in the place of the damaged one.
+            if all(later.path != path for later in self._shards[number + 1 :]):
+                path.unlink(missing_ok=True)
 
     def _enter(self, path: Path) -> None:
         """Take a shard in, if its table is sound."""
@@ -315,13 +318,19 @@ def _lock(folder: Path) -> int:
         raise OutputError(f"Cannot write {folder}: {error.strerror}. Choose another folder.") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         owner = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
         os.close(lock)
         raise OutputError(
             f"Another process (number {owner}) is writing the cache in {folder}. Wait for it, or choose another "
             "folder; a training may read the cache meanwhile."
         ) from error
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, str(os.getpid()).encode(), 0)
+    except OSError as error:
+        os.close(lock)
+        raise OutputError(
+            f"Cannot lock {folder}: {error.strerror}. Its file system knows no locks (flock); choose another disk."
+        ) from error
+    with suppress(OSError):  # on a full disk; the number only serves a message
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
     return lock

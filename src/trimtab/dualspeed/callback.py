@@ -85,8 +85,8 @@ class DualSpeedCallback(TrainerCallback):
         _refuse_trl(args)
         if numbers_samples(self._config):
             raise SettingError(
-                "pack_tokens and schedule_unit='sample' need DualSpeed's own batches, which a callback cannot make. "
-                "Use with_dualspeed(<class of the Trainer>) instead of DualSpeedCallback."
+                "pack_tokens, bucket_pool and schedule_unit='sample' need DualSpeed's own batches, which a callback "
+                "cannot make. Use with_dualspeed(<class of the Trainer>) instead of DualSpeedCallback."
             )
         self.handle = DualSpeedHandle(model, self._config, args.gradient_accumulation_steps)
         self.handle.optimizer_step = lambda: int(self._state.global_step)

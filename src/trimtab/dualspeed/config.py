@@ -123,12 +123,12 @@ class DualSpeedConfig:
                     "DualSpeedConfig", "keep_spread", "'fixed' with pack_tokens, for which lengths must be known "
                     "beforehand", self.keep_spread,
                 )  # fmt: skip
+        elif self.oversize != "error":
+            raise setting_error("DualSpeedConfig", "oversize", "'error' without pack_tokens", self.oversize)
         if self.bucket_pool is not None:
             self._require("bucket_pool", int, lambda v: v >= 2, "a whole number, at least 2, or None")
             if self.pack_tokens is not None:
                 raise setting_error("DualSpeedConfig", "bucket_pool", "None with pack_tokens", self.bucket_pool)
-        elif self.oversize != "error":
-            raise setting_error("DualSpeedConfig", "oversize", "'error' without pack_tokens", self.oversize)
         if self.schedule == "annealed" and self.schedule_unit == "sample":
             raise setting_error(
                 "DualSpeedConfig", "schedule", "'stratified' or 'bernoulli' with schedule_unit='sample', where the "

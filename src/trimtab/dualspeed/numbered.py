@@ -100,7 +100,7 @@ class NumberedRows:
         """
         if not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")) or is_iterable_only(dataset):
             raise SettingError(
-                f"{type(dataset).__name__} gives its rows one after another only, but packs by length, and modes per "
+                f"{type(dataset).__name__} gives its rows one after another only, but batches by length, and modes per "
                 "sample, need rows by number and their count. Give a map-style data set (with __len__ and "
                 "__getitem__; of datasets a Dataset, no IterableDataset), or set pack_tokens=None and "
                 "schedule_unit='optimizer'."

@@ -113,6 +113,12 @@ def _time(record: Record) -> list[Table]:
         f"A padded batch has {pads['full']:.2f} places for each real one on full rows, {pads['fast']:.2f} on pruned "
         "ones."
     )
+    share, asked = results.get("slow_share"), record["settings"]["slow_ratio"]
+    if share is not None and abs(share - asked) > 1e-6:
+        notes.append(
+            f"Of the samples with a mode of their own {share:.3g} were slow, as near to {asked:g} as an update of "
+            f"{record['settings']['shape']['samples']} samples comes; the last line but two is for that share."
+        )
     if results["out_of_memory"]:
         notes.append(f"Out of memory: {', '.join(results['out_of_memory'])}.")
     summary = results["summary"]

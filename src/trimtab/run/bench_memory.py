@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -128,6 +129,7 @@ def _fits(bed: TrainingBed, way: Way, rows: int) -> bool:
     else:
         fitted = True
     bed.drop_gradients()
+    gc.collect()  # the copies of the model hang in circles with their hooks
     torch.cuda.empty_cache()
     return fitted
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from trimtab.bench.shapes import TrainingShape
+from trimtab.errors import setting_error
 
 
 def build_llava(
@@ -26,6 +27,9 @@ def build_llava(
         dtype: Type of its weights.
         attention: ``attn_implementation`` of transformers.
         seed: Of the weights.
+
+    Raises:
+        SettingError: transformers does not know the attention, or its package is not installed.
     """
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -49,6 +53,13 @@ def build_llava(
         with torch.random.fork_rng(devices=[]), torch.device(device):
             torch.manual_seed(seed)
             model = LlavaForConditionalGeneration(config).train()
+    except (ImportError, ValueError) as error:
+        if attention in ("sdpa", "eager"):
+            raise
+        raise setting_error(
+            "bench training", "attention", "one that transformers has and that is installed here, such as sdpa",
+            attention, f"transformers says: {error}",
+        ) from error  # fmt: skip
     finally:
         torch.set_default_dtype(before)
     model.model.vision_tower.requires_grad_(shape.tower_trained)

@@ -69,7 +69,7 @@ def split_seconds(bed: TrainingBed, way: Way, numbers: Sequence[int]) -> dict[st
     clock = PartClock()
     for number in numbers:
         bed.batches(way, number)
-    with _watched(bed.arm(way).model, clock):
+    with _watched(bed.arm(way).model, clock, teacher_scores=way.style == "released"):
         clock.start()
         for number in numbers:
             for loss in bed.losses(way, number):
@@ -83,14 +83,19 @@ def split_seconds(bed: TrainingBed, way: Way, numbers: Sequence[int]) -> dict[st
 
 
 @contextlib.contextmanager
-def _watched(model: Any, clock: PartClock) -> Iterator[None]:
-    """While active, the modules of a LLaVA and the pruners switch the clock."""
+def _watched(model: Any, clock: PartClock, *, teacher_scores: bool) -> Iterator[None]:
+    """While active, the modules of a LLaVA and the pruners switch the clock.
+
+    A released-style teacher goes on to the head; trimtab's gives its states, and the student is put together next.
+    """
     base = model.model
     handles = [
         *_within(base.vision_tower, clock, "tower"),
         *_within(base.multi_modal_projector, clock, "tower"),
         base.language_model.register_forward_pre_hook(lambda m, a, k: _enter_decoder(clock, k), with_kwargs=True),
-        base.language_model.register_forward_hook(lambda m, a, out: _leave_decoder(clock, out)),
+        base.language_model.register_forward_hook(lambda m, a, out: _leave_decoder(clock, out, teacher_scores)),
+        # Rows are put together from here on; behind a teacher the head would run on otherwise.
+        model.get_input_embeddings().register_forward_pre_hook(lambda m, a: clock.switch("assembly") and None),
     ]
     with (
         _replaced(DivPrunePruner, "select", clock.timed("pruner", DivPrunePruner.select)),
@@ -131,8 +136,8 @@ def _enter_decoder(clock: PartClock, given: dict[str, Any]) -> None:
     clock.switch("decoder")
 
 
-def _leave_decoder(clock: PartClock, output: Any) -> None:
+def _leave_decoder(clock: PartClock, output: Any, teacher_scores: bool) -> None:
     states = output.last_hidden_state
     if states.requires_grad:
         states.register_hook(lambda gradient: clock.switch("decoder") and None)
-    clock.switch("head")
+    clock.switch("head" if states.requires_grad or teacher_scores else "assembly")

@@ -35,7 +35,7 @@ ROWS = (
     Row("public_packed", "the same, packed", "public_packed"),
     Row("public_packed_kept", "the same, packed, nothing recomputed", "public_packed_kept"),
     Row("released", "DualSpeed as released", "released_fast", "released_slow"),
-    Row("batched", "+ batched pruner, nothing read by the host", "batched_fast", "batched_slow"),
+    Row("batched", "+ batched pruner, picks and labels not read by the host", "batched_fast", "batched_slow"),
     Row("once", "+ images encoded once", "batched_fast", "once_slow"),
     Row("head", "+ scores where labels are", "head_fast", "head_slow"),
     Row("padded", "trimtab, padded", "padded_fast", "padded_slow"),

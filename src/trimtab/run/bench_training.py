@@ -6,6 +6,7 @@ round by round. The prediction of the FLOP model stands beside each measurement.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from trimtab.bench.floor import PARTS
-from trimtab.bench.shapes import TrainingShape, find_shape
+from trimtab.bench.shapes import LEAST_TEXT, TrainingShape, find_shape
 from trimtab.bench.timing import time_steps
 from trimtab.dualspeed import DualSpeedConfig
 from trimtab.errors import SettingError, near_miss, setting_error
@@ -92,7 +93,7 @@ def bench_training(
         SettingError: A setting does not fit.
     """
     started = datetime.now(timezone.utc)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = _device(device)
     changes = {
         "text_mean": text_mean, "text_cv": text_cv, "tiles": tiles, "layers": layers, "micro_batch": micro_batch,
         "samples": samples, "pack_tokens": pack_tokens,
@@ -105,6 +106,7 @@ def bench_training(
     if "ranks" in wanted and not {FULL, "fast", "slow"} <= set(names):
         raise setting_error("bench training", "arms", f"with {FULL}, fast and slow for the curve 'ranks'", names)
     config = DualSpeedConfig(keep_ratio=keep_ratio, slow_ratio=slow_ratio, seed=seed)
+    _free_memory(place)  # a model of a call before may still hang in its own hooks
     with _threads(threads):
         model = build_llava(shape, device=place, dtype=DTYPES[named], attention=attention, seed=seed)
         updates = make_updates(shape, repeats, slow_ratio=slow_ratio, seed=seed, device=place, dtype=DTYPES[named])
@@ -124,8 +126,9 @@ def bench_training(
                 for name in (*REPORTED, *RECOMPUTED)
                 if memory and name in fitting
             ],
-            "curves": measure_curves(bed, wanted, timing, max(1, repeats // 2), seed),
+            "curves": measure_curves(bed, _possible(wanted, names, fitting), timing, max(1, repeats // 2), seed),
             "padding": padding_of(bed),
+            "slow_share": sum(sum(update.slow) for update in updates) / (len(updates) * shape.samples),
             "out_of_memory": [name for name in names if name not in fitting],
             "timing": timing,
         }
@@ -158,11 +161,14 @@ def _arm(bed: TrainingBed, name: str, timing: Mapping[str, Any]) -> dict[str, An
 
 def _shape(size: str, changes: Mapping[str, Any]) -> TrainingShape:
     shape = find_shape(size)
-    if "micro_batch" in changes and "samples" not in changes:
+    if changes.get("micro_batch", 0) > 0 and "samples" not in changes:
         changes = {**changes, "samples": changes["micro_batch"] * max(1, shape.samples // changes["micro_batch"])}
     tiles = changes.get("tiles", shape.tiles)
     longest = shape.max_length + max(0, tiles - shape.tiles) * shape.tile_tokens
     packs = changes.get("pack_tokens", max(shape.pack_tokens, longest))
+    least = max(1, tiles) * shape.tile_tokens + LEAST_TEXT
+    if packs < least:
+        raise setting_error("bench training", "pack_tokens", f"at least {least}, for one row of all tokens", packs)
     return replace(shape, **{**changes, "max_length": min(longest, packs), "pack_tokens": packs})
 
 
@@ -183,17 +189,50 @@ def _check(dtype: str, repeats: int, threads: int, memory_gib: float | None) -> 
         raise setting_error("bench training", "memory_gib", "above 0", memory_gib)
 
 
-def _fits(bed: TrainingBed, name: str) -> bool:
-    """Whether an update of an arm fits into the memory of a GPU."""
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        bed.update(WAYS[name], 0)
+        place = torch.device(name)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
+        told = str(error).splitlines()[0]
+        raise setting_error("bench training", "device", f"one that torch can use ({told})", name) from error
+    if place.type not in ("cpu", "cuda"):
+        raise setting_error("bench training", "device", "cpu or cuda", name)
+    return place
+
+
+def _possible(wanted: Sequence[str], names: Sequence[str], fitting: Sequence[str]) -> tuple[str, ...]:
+    """Return the curves whose arms did not run out of memory."""
+    lost = set(names) - set(fitting)
+    return tuple(name for name in wanted if not lost & ({FULL, "fast", "slow"} if name == "ranks" else {FULL, "mixed"}))
+
+
+def _fits(bed: TrainingBed, name: str) -> bool:
+    """Whether the updates of an arm fit into the memory of a GPU: the one with the largest batch is tried."""
+    way = WAYS[name]
+
+    def places(number: int) -> int:
+        lengths = [bed.floor.lengths(way.view, batch.counts) for batch in bed.batches(way, number)]
+        return max(sum(one) if way.packing else max(one) * len(one) for one in lengths)
+
+    try:
+        bed.update(way, max(range(len(bed.updates)), key=places))
     except torch.OutOfMemoryError:
         fitted = False
     else:
         fitted = True
     bed.drop_gradients()
-    torch.cuda.empty_cache()
+    _free_memory(bed.device)
     return fitted
+
+
+def _free_memory(device: torch.device) -> None:
+    """Give back what nobody needs: models hang in circles with their hooks, and only the collector frees those."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _memory_of(device: torch.device) -> float:

@@ -73,6 +73,8 @@ def cache(
     """
     if dtype not in DTYPES:
         raise setting_error("trimtab cache", "dtype", f"one of {', '.join(DTYPES)}", dtype)
+    if on_stale not in ("error", "rebuild"):
+        raise setting_error("trimtab cache", "on_stale", "'error' or 'rebuild'", on_stale)
     started = datetime.now(timezone.utc)
     job = _Job(config, config.dualspeed or DualSpeedConfig(), training_arguments(config), kind, dtype, on_stale)
     rows, folder = load_rows_of(config.data_files, config), Path(out)
