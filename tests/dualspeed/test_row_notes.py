@@ -223,6 +223,18 @@ def test_a_trainer_that_prunes_nothing_notes_nothing(tmp_path: Path) -> None:
     assert entries_of_steps(trainer) == [set()] * 2
 
 
+def test_evaluation_takes_a_collator_of_the_users_that_notes(tmp_path: Path) -> None:
+    trainer = trainer_of("trainer", tmp_path)
+    trainer.data_collator = trainer.dualspeed.collator(trainer.data_collator)
+    batch = next(iter(trainer.get_eval_dataloader()))
+    assert NOTES in batch
+    trainer.model.eval()
+    assert trainer._prepare_inputs(batch).keys() == batch.keys() - {NOTES}
+    assert trainer.evaluate()["eval_loss"] > 0
+    trainer.model.train()
+    assert trainer._prepare_inputs(batch).keys() == batch.keys()
+
+
 @by_trainer_or_callback
 def test_batches_that_accelerate_joins_get_no_notes(by: str, tmp_path: Path) -> None:
     """The batches of iterable data go through `concatenate`, which takes tensors only."""

@@ -130,6 +130,12 @@ def read_rows(model: Any, batch: Mapping[str, Any], encoded: EncodedImages | Non
             f"{NOTES} are those of a batch of {notes.shape[0]} rows of {notes.shape[1]} places, but input_ids has the "
             f"shape {tuple(ids.shape)}. Something has changed the batch after its notes were made: leave {NOTES} out."
         )
+    if host.rotary == "multimodal" and encoded is not None and 0 in notes.lengths:
+        raise SettingError(
+            f"Row {notes.lengths.index(0)} holds no token (attention_mask is 0 everywhere), and "
+            f"{type(host.model).__name__} cannot count positions for it. Leave empty rows out of the data, or look at "
+            "the collator."
+        )
     rows: list[int] = []
     sizes = [] if encoded is None else [block.shape[0] for block in encoded.blocks]
     for name, placeholders in notes.placeholders.items():

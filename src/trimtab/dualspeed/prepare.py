@@ -131,14 +131,15 @@ class StepMaker:
         self, step: Step, inputs: dict[str, Any], encoded: EncodedImages, layout: RowLayout, kept: KeptTokens
     ) -> Tensor | None:
         """Return the states of the pruned view at the labels of the slow rows, or None where it would teach nothing."""
-        rows = step.slow_rows
+        rows = [row for row in step.slow_rows if layout.lengths[row]]
         if not rows and step.shared is None:
             return None
-        # A process without slow rows goes along with the others, and learns nothing from its first row. Audio cannot
-        # be shared out over some rows of a batch.
+        # A process without slow rows goes along with the others, and learns nothing from its first row that is not
+        # empty. Audio cannot be shared out over some rows of a batch.
+        first = next((row for row, length in enumerate(layout.lengths) if length), 0)
         every = list(range(len(layout.lengths)))
         heard = any(inputs.get(name) is not None for name in self.host.audio_names)
-        seen = every if heard else rows or [0]
+        seen = every if heard else rows or [first]
         with torch.set_grad_enabled(self.config.distillation == "two_way"):
             chosen = None if seen == every else seen
             view = self.view.shorten(inputs, encoded, layout, kept, self.isolator(), rows=chosen)

@@ -219,11 +219,19 @@ def rank_facts(args: Any, state: Any, rows: Any, loader: Any) -> dict[str, Any]:
     """
     return {
         "rows of train_dataset": len(rows) if hasattr(rows, "__len__") else None,
-        "batches per epoch": len(loader) if hasattr(loader, "__len__") else None,
+        "batches per epoch": _count_of(loader),
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "max_steps": state.max_steps,
         "global_step": state.global_step,
     }
+
+
+def _count_of(loader: Any) -> int | None:
+    """How many batches a loader has, or None where its data do not tell."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
 
 
 def spread_over_updates(handle: DualSpeedHandle, updates: int) -> None:
