@@ -81,8 +81,8 @@ def advise(config: DualSpeedConfig, decoder_trains: bool, isolator: ModeIsolator
         )
     if config.schedule_unit == "sample" and not config.packing and 0 < config.slow_ratio < 1:
         logger.warning(
-            "schedule_unit='sample' without packing pads the fast rows of a batch to the length of its slow ones, which "
-            "costs what pruning saves. Set packing=True, or schedule_unit='optimizer'."
+            "schedule_unit='sample' without packing pads the fast rows of a batch to the length of its slow ones, "
+            "which costs what pruning saves. Set packing=True, or schedule_unit='optimizer'."
         )
     if isolator is not None and config.isolator_from is None:
         logger.warning("DualSpeed starts from a fresh isolator; isolator_from takes over that of an earlier stage.")
