@@ -308,8 +308,9 @@ def test_scaled_times_are_those_of_the_whole_model(monkeypatch: pytest.MonkeyPat
         found.append(measured["steps"])
     whole = found[0]
     assert whole["plain"] == StepParts(tower=12.5, decoder=28.0, head=1.5, optimizer=1.0)
-    assert whole["fast"] == whole["plain"]  # the made clock knows no lengths
-    assert whole["slow"] == StepParts(tower=12.5, decoder=56.0, head=1.5, optimizer=1.0)  # with the teacher
+    # The made clock knows no lengths, but of four blocks of the tower no feature depends on the last.
+    assert whole["fast"] == StepParts(tower=9.5, decoder=28.0, head=1.5, optimizer=1.0)
+    assert whole["slow"] == StepParts(tower=9.5, decoder=56.0, head=1.5, optimizer=1.0)  # with the teacher
     assert found[1:] == [whole] * 3
 
 
@@ -339,7 +340,7 @@ def test_what_fits_is_timed_whole() -> None:
 
 def test_less_time_means_fewer_blocks_and_then_fewer_rows() -> None:
     found = []
-    for seconds in (1e9, 2000, 1800, 1200, 500, 230):
+    for seconds in (1e9, 2400, 2200, 1500, 600, 280):
         made, _, _ = plan(seconds)
         assert made is not None
         found.append((made.rows, made.decoder_layers, made.tower_layers))

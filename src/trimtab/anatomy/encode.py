@@ -233,6 +233,22 @@ def _encode(
     )
 
 
+def encode_stock(model: Any, kind: Modality, arguments: Mapping[str, Any]) -> Any:
+    """Return the features that the stock model hands to its language model, encoded with all that it does on the way.
+
+    Args:
+        model: The model, or what `open_host` made of it.
+        kind: One of its modalities.
+        arguments: Those of the encoder, by its own names; None for those that are not given.
+
+    Returns:
+        A tensor or a list of them.
+    """
+    host = open_host(model)
+    given = {name: _typed(host, value) for name, value in arguments.items() if value is not None}
+    return host.features(getattr(host.base, kind.encoder)(**given, return_dict=True))
+
+
 def _typed(host: Host, value: Any) -> Any:
     """What the model's own forward would hand to the encoder."""
     if not host.family.casts_pixels or not isinstance(value, Tensor) or not value.is_floating_point():

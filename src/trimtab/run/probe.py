@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree
 
 from trimtab.anatomy import encode_images, open_host
+from trimtab.anatomy.encode import encode_stock
 from trimtab.bench import StepParts, time_steps
 from trimtab.bench.amdahl import MODES
 from trimtab.bench.timing import wait_for_device
@@ -38,7 +40,7 @@ EFFICIENCY = 0.6
 """Share of the speed of a large matrix product that a training step is expected to reach."""
 ACTIVATIONS = 40
 """Numbers per place, width and block that the backward pass keeps, roughly; used to refuse, never reported."""
-TOWER = "tower"
+TOWER, STOCK_TOWER = "tower", "tower of a plain step"
 SPREAD = 0.2
 """Quartiles of a timed step further apart than this share of its median: the machine does other work as well."""
 UPDATED = 1 << 22
@@ -119,7 +121,7 @@ def plan(
             weights = fixed + parameters_of(decoder) * shares[0] + parameters_of(tower) * shares[1]
             kept = work.places * (ACTIVATIONS * work.width * layers[0] + 4 * work.vocab)
             need = itemsize * (weights * (2 if trained else 1.2) + count * kept)
-            passes = 4 * shares[1] + 4 * few  # of the tower: in three modes and alone, as it is and shallow
+            passes = 5 * shares[1] + 5 * few  # of the tower: in three modes and alone twice, as it is and shallow
             operations = count * (work.steps * work.decoder * shares[0] + passes * work.tower + 2 * work.head)
             taken = PASSES * operations / (speed * EFFICIENCY)
             if need <= memory and taken <= seconds:
@@ -144,7 +146,8 @@ def measure(
     """Time the parts of plain, fast and slow steps.
 
     Whole steps are timed with the planned blocks, and again without any block of the language model and with few of
-    the tower; the tower is timed alone at both lengths. The differences are what the blocks take. Weights are random,
+    the tower; the tower is timed alone at both lengths, as DualSpeed runs it and as the stock model does (with blocks
+    that no feature depends on). The differences are what the blocks take. Weights are random,
     which changes no time of a dense model.
 
     Args:
@@ -174,7 +177,8 @@ def measure(
     short = {decoder: 0, tower: few} if tower is not None else {decoder: 0}
     calls: dict[str, Callable[[], object]] = {mode: partial(steps.step, mode) for mode in MODES}
     calls |= {_rest(mode): partial(_shortened, partial(steps.step, mode), short) for mode in MODES}
-    calls |= {TOWER: steps.encode, _rest(TOWER): partial(_shortened, steps.encode, short)}
+    for name, encode in ((TOWER, steps.encode), (STOCK_TOWER, steps.encode_plainly)):
+        calls |= {name: encode, _rest(name): partial(_shortened, encode, short)}
     logger = logging.getLogger("trimtab")
     level = logger.level
     logger.setLevel(logging.ERROR)  # what attaching has to say belongs to the training
@@ -255,12 +259,27 @@ class _Steps(Bench):
         self.model.zero_grad(set_to_none=True)
 
     def encode(self) -> None:
-        """Run the vision tower and the projector alone, backward too where they are trained."""
+        """Run the vision tower and the projector alone, as DualSpeed does, backward too where they are trained."""
         with self.autocast():
             blocks = encode_images(self.host, self.batch).blocks
-            if not blocks:
-                return
-            total = torch.stack([block.sum() for block in blocks]).sum()
+        self._through(blocks)
+
+    def encode_plainly(self) -> None:
+        """The same as the stock model does."""
+        found = []
+        with self.autocast():
+            for kind in self.host.modalities:
+                given = {name: self.batch.get(name) for name in kind.arguments}
+                if given[kind.pixels] is not None:
+                    named = {to: given[name] for name, to in zip(kind.arguments, kind.parameters, strict=True)}
+                    found.append(encode_stock(self.host, kind, named))
+        self._through(found)
+
+    def _through(self, found: Any) -> None:
+        leaves = [one for one in _pytree.tree_leaves(found) if isinstance(one, torch.Tensor)]
+        if not leaves:
+            return
+        total = torch.stack([one.sum() for one in leaves]).sum()
         if total.requires_grad:
             total.backward()
         self.model.zero_grad(set_to_none=True)
@@ -312,12 +331,12 @@ def _parts(median: dict[str, float], chosen: Plan, few: int, update: float) -> t
             clamped.append(name)
         return max(0.0, seconds)
 
-    tower, shallow = median[TOWER], median[_rest(TOWER)]
-    # What the blocks take that shallow steps lack; where these lack none, the two times differ by chance.
-    more = positive("the tower's blocks", tower - shallow) if chosen.tower_layers > few else 0.0
     parts = {}
     for mode in MODES:
-        rest = median[_rest(mode)]
+        name = STOCK_TOWER if mode == "plain" else TOWER
+        tower, shallow, rest = median[name], median[_rest(name)], median[_rest(mode)]
+        # What the blocks take that shallow steps lack; where these lack none, the two times differ by chance.
+        more = positive("the tower's blocks", tower - shallow) if chosen.tower_layers > few else 0.0
         decoder = positive(f"the decoder in a {mode} step", median[mode] - rest - more)
         parts[mode] = StepParts(
             tower=tower + more * (chosen.tower_all - chosen.tower_layers) / max(1, chosen.tower_layers - few),
@@ -325,7 +344,7 @@ def _parts(median: dict[str, float], chosen: Plan, few: int, update: float) -> t
             head=positive(f"the head in a {mode} step", rest - shallow),
             optimizer=update,
         )
-    return parts, clamped
+    return parts, list(dict.fromkeys(clamped))
 
 
 def _halves(rows: int) -> Iterator[int]:
