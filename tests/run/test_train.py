@@ -238,3 +238,11 @@ def test_unknown_fields_of_lora_get_the_nearest(make_config: Make) -> None:
         load.load_model(make_config(lora={"rank": 4}))
     with pytest.raises(SettingError, match="peft cannot use these settings"):
         load.load_model(make_config(lora={"r": 4, "target_modules": ["nowhere"]}))
+
+
+def test_packs_count_the_samples_that_they_held(make_config: Make, tmp_path: Path) -> None:
+    packs = {"packing": True, "pack_tokens": 300, "schedule_unit": "sample", "keep_ratio": 0.25}
+    results = train(make_config(dualspeed=packs, output_dir=str(tmp_path / "packs")))["results"]
+    told = results["metrics"]
+    assert results["samples"] == told["samples_fast"] + told["samples_slow"]
+    assert results["samples"] > results["steps"] == 4, "several samples in a pack"

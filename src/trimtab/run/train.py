@@ -163,9 +163,7 @@ def _record(config: RunConfig, trainer: Any, rows: Any, started: datetime, secon
         "arm": "dualspeed" if config.dualspeed else "full",
         "seconds_train": round(seconds, 3),
         "steps": trainer.state.global_step,
-        "samples": trainer.state.global_step
-        * trainer.args.gradient_accumulation_steps
-        * _samples_per_pass(trainer.args),
+        "samples": _samples(config, trainer, rows),
         "rows": len(rows),
         "rows_skipped": skipped_rows(rows),
         "loss": ends[-1] if ends else None,
@@ -177,8 +175,14 @@ def _record(config: RunConfig, trainer: Any, rows: Any, started: datetime, secon
     return make_record("train", config.identity(), _numbers(results), seed=seed, started=started, seconds=seconds)
 
 
-def _samples_per_pass(arguments: Any) -> int:
-    return int(arguments.train_batch_size * arguments.world_size)
+def _samples(config: RunConfig, trainer: Any, rows: Any) -> int:
+    """How many samples were trained on, all processes together; packs hold as many as fit."""
+    if config.dualspeed is not None and config.dualspeed.pack_tokens is not None:
+        epochs: float = trainer.state.epoch
+        return round(epochs * len(rows))
+    arguments = trainer.args
+    per_step = arguments.gradient_accumulation_steps * arguments.train_batch_size * arguments.world_size
+    return int(trainer.state.global_step * per_step)
 
 
 def _numbers(value: Any) -> Any:
