@@ -142,7 +142,8 @@ def assemble(
         short |= packed_arguments(
             host, places.lengths, places.index.device, gaps=(gaps or given) and host.rotary == "line"
         )
-    taken = range(len(sizes)) if rows is None else [b for b, row in enumerate(layout.block_rows) if row in set(rows)]
+    wanted = set(layout.block_rows if rows is None else rows)
+    taken = [block for block, row in enumerate(layout.block_rows) if row in wanted]
     if encoded.blocks:
         short["mm_encoder_outputs"] = _hand_over(host, encoded, features, kept, fronts, taken)
     return short

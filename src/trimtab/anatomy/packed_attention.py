@@ -154,7 +154,7 @@ def packed_arguments(host: Host, lengths: Sequence[int], device: torch.device, *
     if backend == "sdpa":
         # With a mask that leaves nothing out transformers does not look for borders in the positions.
         everything = torch.ones(1, sum(lengths), dtype=torch.long, device=device)
-        return {"attention_mask": everything, LENGTHS: tuple(lengths), **borders}
+        return {"attention_mask": everything, LENGTHS: lengths, **borders}
     return {"attention_mask": None, **borders}
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from trimtab.dualspeed.config import DualSpeedConfig
-from trimtab.dualspeed.step import Step
-from trimtab.ops.host import to_device
+from trimtab.dualspeed.step import Step, values_of_rows
 from trimtab.ops.label_head import label_losses, states_at_labels
 from trimtab.shapes import Tensor
 
@@ -47,15 +46,18 @@ def losses_of_step(step: Step, head: Callable[[Tensor], Tensor], config: DualSpe
     assert step.student is not None and step.labels is not None  # noqa: PT018
     counts = step.label_counts
     states, labels = states_at_labels(step.student, step.labels, sum(counts))
-    slow = set(step.slow_rows)
-    labels_slow = sum(count for row, count in enumerate(counts) if row in slow)
+    slow = step.slow_rows
+    fast = sorted(set(range(len(counts))) - set(slow))
+    labels_slow = sum(counts[row] for row in slow)
     labels_fast = sum(counts) - labels_slow
-    with_slow, with_fast = bool(slow), len(slow) < len(counts)
+    with_slow, with_fast = bool(slow), bool(fast)
     if step.shared is not None:
         with_slow, with_fast = step.shared.slow, step.mode != "slow"
     slow_part = fast_part = (states, labels)
     if with_slow and with_fast:
-        slow_part, fast_part = (_of_rows(states, labels, counts, slow, kind) for kind in (True, False))
+        slow_part, fast_part = (
+            (values_of_rows(states, counts, rows), values_of_rows(labels, counts, rows)) for rows in (slow, fast)
+        )
     ce_slow = ce_fast = kl = None
     if with_slow:
         least = 1 if step.shared is None else -(-step.shared.slow_labels // config.head_chunk)
@@ -72,17 +74,3 @@ def losses_of_step(step: Step, head: Callable[[Tensor], Tensor], config: DualSpe
     ce = sum(one for one in (ce_fast, ce_slow) if one is not None)
     assert isinstance(ce, Tensor)
     return StepLosses(ce, ce_fast, ce_slow, kl, labels_fast, labels_slow)
-
-
-def _of_rows(
-    states: Tensor, labels: Tensor, counts: Sequence[int], rows: set[int], among: bool
-) -> tuple[Tensor, Tensor]:
-    """Take the states and labels of some rows, or of all others; without waiting for the device."""
-    places: list[int] = []
-    start = 0
-    for row, count in enumerate(counts):
-        if (row in rows) == among:
-            places += range(start, start + count)
-        start += count
-    index = to_device(places, states.device, labels.dtype)
-    return states.index_select(0, index), labels.index_select(0, index)

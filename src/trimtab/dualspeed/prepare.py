@@ -18,7 +18,7 @@ from trimtab.dualspeed.cache_keys import ENTRY
 from trimtab.dualspeed.fast_view import KeptTokens
 from trimtab.dualspeed.ranks import share_step
 from trimtab.dualspeed.schedule import Mode
-from trimtab.dualspeed.step import Step
+from trimtab.dualspeed.step import Step, values_of_rows
 from trimtab.dualspeed.view import FastView
 from trimtab.errors import TrimtabWarning
 from trimtab.ops.label_head import IGNORED, states_at_labels
@@ -147,11 +147,9 @@ class StepMaker:
         # Under a caller's autocast, older releases of torch keep the weights that were cast without gradients, and the
         # student would train none of them.
         torch.clear_autocast_cache()
-        return (
-            states
-            if seen == rows
-            else _of_rows(states, [layout.labels[row] for row in seen], [seen.index(row) for row in rows])
-        )
+        if seen == rows:
+            return states
+        return values_of_rows(states, [layout.labels[row] for row in seen], [seen.index(row) for row in rows])
 
     def _states(self, view: dict[str, Any], count: int) -> Tensor:
         """Return the states of a view at its labels, of which there are so many."""
@@ -182,7 +180,7 @@ class StepMaker:
             view = self.view.shorten(inputs, NO_IMAGES, layout, KeptTokens([], []), None)
             with torch.no_grad():
                 self.isolator()  # gathered here, as for a view with images
-                step.teacher = _of_rows(self._states(view, sum(layout.labels)), layout.labels, slow)
+                step.teacher = values_of_rows(self._states(view, sum(layout.labels)), layout.labels, slow)
         if step.mode != "slow" and self.has_isolator:  # behind the teacher's pass, as for a view with images
             prefix = self.isolator()
             assert prefix is not None
@@ -207,7 +205,8 @@ def _whole(encoded: EncodedImages, layout: RowLayout, slow: list[int], kept: Kep
     """What a student sees whose slow rows keep everything."""
     if kept is not None and not slow:
         return kept
-    full = [row in set(slow) for row in layout.block_rows]
+    rows = set(slow)
+    full = [row in rows for row in layout.block_rows]
     every = [torch.arange(block.shape[0], device=block.device) for block in encoded.blocks]
     if kept is None:
         return KeptTokens(every, list(encoded.blocks))
@@ -216,9 +215,3 @@ def _whole(encoded: EncodedImages, layout: RowLayout, slow: list[int], kept: Kep
         index=[every[b] if whole else kept.index[b] for b, whole in enumerate(full)],
         tokens=[encoded.blocks[b] if whole else kept.tokens[b] for b, whole in enumerate(full)],
     )
-
-
-def _of_rows(values: Tensor, counts: Sequence[int], rows: Sequence[int]) -> Tensor:
-    """Take the values of some rows, counted among those there are, where each has so many."""
-    parts = values.split(list(counts))
-    return torch.cat([parts[row] for row in rows]) if rows else values[:0]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import torch
 
 from trimtab.dualspeed.ranks import SharedStep
 from trimtab.ops.label_head import IGNORED
@@ -64,3 +66,15 @@ def loss_per_label(step: Step, output: Any) -> Tensor:
 def at_least_one(items: Tensor | int) -> Tensor | int:
     """Where nothing at all is supervised the sum is 0, and so shall the loss be."""
     return items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
+
+
+def values_of_rows(values: Tensor, counts: Sequence[int], rows: Sequence[int]) -> Tensor:
+    """Take the values of some rows, without waiting for the device.
+
+    Args:
+        values: Those of all rows, one row behind the other.
+        counts: How many each row has.
+        rows: The rows to take, in this order.
+    """
+    parts = values.split(list(counts))
+    return torch.cat([parts[row] for row in rows]) if rows else values[:0]
