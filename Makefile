@@ -54,5 +54,5 @@ $(BIN)/python:
 
 .venv/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing trimtab and its development tools into .venv (a few minutes the first time)"
-	$(PIP_INSTALL) --editable '.[test,check,trl,peft]'
+	$(PIP_INSTALL) --editable '.[test,check,trl,peft,view,docs,browser]'
 	@touch .venv/.stamp-run $@

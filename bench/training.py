@@ -3,7 +3,7 @@
     python bench/training.py --size toy                      on a CPU: one record, with its curves
     python bench/training.py --size real                     on a GPU: every size, text lengths and tiles, all curves
     python bench/training.py --size real --layers 8          the same with shallow decoders, where memory is short
-    python bench/training.py --page                          write docs/speed.md anew from the records
+    python bench/training.py --page                          write docs/results/speed.md anew from the records
 
 ``real`` measures LLaVA-1.5-7B and LLaVA-NeXT-7B with 40, 200 and 300 words per sample, and a decoder of 0.5 billion
 parameters behind a trained tower. Each record is written as soon as it is made; one that exists is kept, so that the
@@ -23,7 +23,7 @@ from trimtab.errors import SettingError, TrimtabError
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "records"
-PAGE = ROOT / "docs" / "speed.md"
+PAGE = ROOT / "docs" / "results" / "speed.md"
 ALL_CURVES = ["keep", "text", "tiles", "ranks"]
 REAL: tuple[tuple[str, dict[str, Any]], ...] = (
     ("llava_1_5_7b_200", {"size": "llava-1.5-7b", "text_mean": 200.0, "curves": ["keep", "ranks"]}),

@@ -2,7 +2,7 @@
 
 python experiments/check/compare.py [--models small deep] [--runs 2] [--records FOLDER]
 
-Every comparison leaves a record; table.py beside this file makes the table of docs/check.md from them.
+Every comparison leaves a record; table.py beside this file makes the table of docs/guides/check.md from them.
 """
 
 from __future__ import annotations

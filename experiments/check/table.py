@@ -1,4 +1,4 @@
-"""Put the table of the kept records between the marks of docs/check.md, and print it.
+"""Put the table of the kept records between the marks of docs/guides/check.md, and print it.
 
 python experiments/check/table.py
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PAGE = HERE.parents[1] / "docs" / "check.md"
+PAGE = HERE.parents[1] / "docs" / "guides" / "check.md"
 BEGIN = "<!-- comparison: made by `python experiments/check/table.py`; a test compares -->"
 END = "<!-- /comparison -->"
 

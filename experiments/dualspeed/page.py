@@ -31,7 +31,7 @@ PARAGRAPHS = (
     "Arms are named for what they change against DualSpeed with the paper's settings (10 % kept, 10 % slow steps, "
     "four isolator rows, KL weight and temperature 1, max-min diversity); modes are stratified by optimizer step.",
     "Do not read the times of packed arms, of modes by sample, of random, content and two-way arms and of original "
-    "positions: they ran on a machine busy with other work. docs/speed.md has times of arms that took turns.",
+    "positions: they ran on a machine busy with other work. docs/results/speed.md has times of arms that took turns.",
 )
 
 

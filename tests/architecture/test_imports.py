@@ -31,9 +31,10 @@ ALLOWED: dict[str, set[str]] = {
     "quickstart": FLOOR | {"ops", "anatomy", "pruners", "data", "evaluate", "bench", "report", "dualspeed", "run"},
     "run": FLOOR | {"ops", "anatomy", "pruners", "data", "evaluate", "bench", "report", "dualspeed"},
     "integrations": FLOOR | {"ops", "anatomy", "pruners", "data", "evaluate", "dualspeed", "run"},
+    "view": FLOOR | {"ops", "anatomy", "pruners", "data", "evaluate", "report", "dualspeed", "run"},
     "cli": FLOOR
     | {"cards", "ops", "anatomy", "pruners", "data", "evaluate", "bench", "report", "dualspeed", "methods"}
-    | {"run", "quickstart", "__init__"},
+    | {"run", "quickstart", "view", "__init__"},
     "__main__": {"cli"},
 }
 """What each part may import beside itself. ``__init__`` stands for names taken from ``trimtab`` itself."""

@@ -70,6 +70,6 @@ def test_every_size_stands_in_the_table_of_a_gpu(script: ModuleType) -> None:
 
 
 def test_the_page_shows_the_kept_records(script: ModuleType) -> None:
-    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "results" / "speed.md").read_text(encoding="utf-8")
     records = script.read_training_records(ROOT / "bench" / "records")
     assert "\n".join([BEGIN, *(speed_lines(records) if records else []), END]) in page

@@ -1,4 +1,4 @@
-"""The page of all model families, docs/families.md; ``python -m tests.conformance.table`` writes it."""
+"""The page of all model families, docs/reference/families.md; ``python -m tests.conformance.table`` writes it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.tiny import TinyFamily
 from trimtab.anatomy import FAMILIES, REFUSED
 from trimtab.anatomy.family_table import NEAREST
 
-FILE = Path(__file__).parents[2] / "docs" / "families.md"
+FILE = Path(__file__).parents[2] / "docs" / "reference" / "families.md"
 OPTIONS = {"drop_is_mask": "not_masking", "rows_alone": "row_dependence", "gradients": "no_projector"}
 """Which attribute of a `TinyFamily` says that a check takes another form, and why."""
 COLUMNS = [name for name in CHECKS if name != "supported"]

@@ -1,4 +1,4 @@
-"""docs/families.md is what the suite and the family table say."""
+"""docs/reference/families.md is what the suite and the family table say."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_the_page_shows_the_kept_records(page: ModuleType) -> None:
     records = read_records(HERE)
     assert len(records) >= 4, "two models, two runs"
     assert {record["kind"] for record in records} == {"check_compare"}
-    text = (ROOT / "docs" / "check.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "guides" / "check.md").read_text(encoding="utf-8")
     assert "\n".join([page.BEGIN, *page.lines_of(records), page.END]) in text
 
 

@@ -19,7 +19,7 @@ from trimtab.run.config import build_config
 from trimtab.run.evaluate import _pruned, evaluate
 from trimtab.run.load import load_trained
 
-PAGE = Path(__file__).parents[2] / "docs" / "pruned_inference.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "pruned_inference.md"
 
 
 def opened(directory: Path, small_run: Path, explicit: Sequence[str] = (), **changes: Any) -> Any:
