@@ -13,7 +13,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n $(JOBS)
 
-.PHONY: help quickstart test test-all check format clean
+.PHONY: help quickstart test test-all browser docs check format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /make \1	/' | expand -t 20
@@ -26,6 +26,13 @@ test: .venv/.stamp-dev ## Fast tests: everything a contributor needs
 
 test-all: .venv/.stamp-dev ## All tests, the slow ones too
 	@$(PYTEST) $(ARGS)
+
+browser: .venv/.stamp-dev ## The pages in Chromium only: report, live view, documentation
+	@TRIMTAB_BROWSER=required $(PYTEST) tests/browser $(ARGS)
+
+docs: .venv/.stamp-dev ## The documentation site, into build/docs/html
+	$(TEST_ENV) $(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --fresh-env --quiet -c docs . build/docs/html
+	@echo "Wrote build/docs/html/index.html"
 
 check: .venv/.stamp-dev ## Format, lint, types, and the documents against the code
 	$(BIN)/python -m ruff format --check .

@@ -142,3 +142,69 @@ def test_making_a_record_loads_no_heavy_library():
     code = "import sys; from trimtab.records import make_record; make_record('a', {}, {}); " \
            "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": "src"})
+
+
+def test_the_command_is_that_of_the_program(monkeypatch, tmp_path):
+    spec = type("Spec", (), {"name": "trimtab.__main__"})
+    main = type("Main", (), {"__spec__": spec, "__file__": "anything"})
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "with space").mkdir()
+    given = [
+        "train", "--config", str(tmp_path / "run.yaml"), "--learning_rate", "1e-5", "--output_dir=/somewhere/else/out",
+        "--data_files", f"[{tmp_path}/a.json, /b/c.json]", str(tmp_path / "with space"), "--url", "https://h/x/y",
+        "--hub_token", "hf_1", "--wandb-api-key=k", "--dualspeed.pack_tokens", "4096",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["/x/trimtab/__main__.py", *given])
+    command = make_record("a", {}, {})["command"]
+    assert command == [
+        "trimtab", "train", "--config", "run.yaml", "--learning_rate", "1e-5", "--output_dir=out",
+        "--data_files", "[a.json, c.json]", "with space", "--url", "https://h/x/y",
+        "--hub_token", "***", "--wandb-api-key=***", "--dualspeed.pack_tokens", "4096",
+    ]  # fmt: skip
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert make_record("a", {}, {})["command"][:7] == [
+        "accelerate", "launch", "--num_processes", "2", "-m", "trimtab", "train",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "module", "words"),
+    [
+        ("/usr/bin/trimtab", None, ["trimtab", "x"]),
+        ("<root>/.venv/bin/trimtab", None, ["trimtab", "x"]),
+        ("<root>/bench/training.py", None, ["python", "bench/training.py", "x"]),
+        ("<root>/tests/bench/training.py", None, None),
+        ("<root>/.venv/bin/pytest", None, None),
+        ("/elsewhere/bench/training.py", None, None),
+        ("/usr/lib/pytest/__main__.py", "pytest.__main__", None),
+        (None, None, None),
+    ],
+)
+def test_only_our_own_programs_are_named(monkeypatch, file, module, words):
+    root = str(Path(records.__file__).resolve().parents[2])
+    spec = None if module is None else type("Spec", (), {"name": module})
+    place = None if file is None else file.replace("<root>", root)
+    monkeypatch.setitem(sys.modules, "__main__", type("Main", (), {"__spec__": spec, "__file__": place}))
+    monkeypatch.setattr(sys, "argv", ["anything", "x"])
+    assert make_record("a", {}, {})["command"] == words
+
+
+def test_a_real_process_names_its_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "trimtab", "bench", "pruners", "--images", "1", "--tokens", "16", "--width", "8",
+         "--repeats", "1", "--names", "random", "--json"],
+        capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": "src"},
+    )  # fmt: skip
+    assert json.loads(done.stdout)["command"][:5] == ["trimtab", "bench", "pruners", "--images", "1"]
+
+
+def test_a_command_is_checked_and_may_be_missing(tmp_path):
+    record = make_record("arm", {}, {})
+    assert record["command"] is None, "a test run is no command that repeats anything"
+    del record["command"]
+    write_record(tmp_path / "old.json", record)
+    assert "command" not in read_record(tmp_path / "old.json")
+    for wrong in ("trimtab train", [1]):
+        with pytest.raises(DataError, match="'command' must be a list of words"):
+            write_record(tmp_path / "a.json", {**record, "command": wrong})

@@ -3,7 +3,8 @@
     python experiments/dualspeed/page.py
 
 Also prints the table of means over seeds, one line per task and arm, and puts it into the README beside this file, its
-main arms into the README of the project, both between marks.
+main arms into the README of the project, both between marks. `python docs/make_results.py` makes the pages of the
+documentation from the same records.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 Record = dict[str, Any]
@@ -45,12 +46,26 @@ def read_records(folder: Path) -> list[Record]:
     return [read_record(path) for path in paths]
 
 
-def table(records: Sequence[Record], names: Sequence[str] | None = None) -> list[str]:
-    """Return lines of a Markdown table: means over seeds, ratios against the full arm of the same seed.
+class Means(NamedTuple):
+    """What the seeds of one arm on one task measured, in the order of the seeds.
 
-    Args:
-        records: Records of the experiment.
-        names: Arms to show, in this order; None for all, in the order of the plan.
+    Attributes:
+        accuracy: Accuracy on full images.
+        kept: The same over that of the full arm of the same seed.
+        pruned: Accuracy on pruned images, where it was asked for.
+        time: Training time over that of the full arm of the same seed.
+    """
+
+    accuracy: tuple[float, ...]
+    kept: tuple[float, ...]
+    pruned: tuple[float, ...]
+    time: tuple[float, ...]
+
+
+def measured(records: Sequence[Record]) -> dict[tuple[str, str], Means]:
+    """Return task and arm -> what its seeds measured, in the order of the records.
+
+    Seeds without a full arm are left out, since ratios are taken within a seed.
     """
     arms = [record for record in records if record["kind"] == "arm"]
     full = {(r["results"]["dataset"], r["seed"]): r["results"] for r in arms if r["results"]["arm"] == "full"}
@@ -58,35 +73,51 @@ def table(records: Sequence[Record], names: Sequence[str] | None = None) -> list
     for record in arms:
         if (record["results"]["dataset"], record["seed"]) in full:
             groups[record["results"]["dataset"], record["results"]["arm"]].append(record)
+    found = {}
+    for (task, arm), members in groups.items():
+        base = [full[task, record["seed"]] for record in members]
+        score = [record["results"]["accuracy_full"]["accuracy"] for record in members]
+        pruned = [r["results"]["accuracy_pruned"]["accuracy"] for r in members if r["results"]["accuracy_pruned"]]
+        time = [r["results"]["seconds_train"] / b["seconds_train"] for r, b in zip(members, base, strict=True)]
+        kept = [s / b["accuracy_full"]["accuracy"] for s, b in zip(score, base, strict=True)]
+        found[task, arm] = Means(tuple(score), tuple(kept), tuple(pruned), tuple(time))
+    return found
+
+
+def table(records: Sequence[Record], names: Sequence[str] | None = None, tasks: Sequence[str] = ()) -> list[str]:
+    """Return lines of a Markdown table: means over seeds, ratios against the full arm of the same seed.
+
+    Args:
+        records: Records of the experiment.
+        names: Arms to show, in this order; None for all, in the order of the plan.
+        tasks: Tasks to show; all where empty.
+    """
+    groups = measured(records)
     lines = [
         "| task | arm | seeds | full images | of full | pruned images | time of full |",
         "|---|---|---|---|---|---|---|",
     ]
     shown = groups if names is None else [(t, a) for t in dict.fromkeys(t for t, _ in groups) for a in names]
     for task, arm in shown:
-        found = groups.get((task, arm), [])
-        if not found:
+        found = groups.get((task, arm))
+        if found is None or (tasks and task not in tasks):
             continue
-        base = [full[task, record["seed"]] for record in found]
-        score = [record["results"]["accuracy_full"]["accuracy"] for record in found]
-        kept = [s / b["accuracy_full"]["accuracy"] for s, b in zip(score, base, strict=True)]
-        pruned = [r["results"]["accuracy_pruned"]["accuracy"] for r in found if r["results"]["accuracy_pruned"]]
-        time = [r["results"]["seconds_train"] / b["seconds_train"] for r, b in zip(found, base, strict=True)]
-        cells = [task, arm, str(len(found)), _mean(score), _mean(kept), _mean(pruned), _mean(time, 2)]
-        lines.append(f"| {' | '.join(cells)} |")
+        told = [mean(found.accuracy), mean(found.kept), mean(found.pruned), mean(found.time, 2)]
+        lines.append(f"| {' | '.join([task, arm, str(len(found.accuracy)), *told])} |")
     return lines
 
 
-def write_between_marks(path: Path, lines: Sequence[str]) -> None:
+def write_between_marks(path: Path, lines: Sequence[str], begin: str = BEGIN, end: str = END) -> None:
     """Replace what stands between the marks of a document."""
     from trimtab.files import write_text_atomic
 
-    before, rest = path.read_text(encoding="utf-8").split(BEGIN, 1)
-    _, after = rest.split(END, 1)
-    write_text_atomic(path, "\n".join([before + BEGIN, *lines, END + after]))
+    before, rest = path.read_text(encoding="utf-8").split(begin, 1)
+    _, after = rest.split(end, 1)
+    write_text_atomic(path, "\n".join([before + begin, *lines, end + after]))
 
 
-def _mean(values: Sequence[float], digits: int = 3) -> str:
+def mean(values: Sequence[float], digits: int = 3) -> str:
+    """Return mean and standard deviation as text, empty where there are no values."""
     if not values:
         return ""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""

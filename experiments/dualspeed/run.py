@@ -42,7 +42,7 @@ def main() -> None:
     import torch
 
     from trimtab.quickstart.arms import arm_of
-    from trimtab.quickstart.run import run_arms, show_progress
+    from trimtab.quickstart.run import StepFigures, run_arms, show_progress
     from trimtab.quickstart.tasks import open_task
 
     torch.set_num_threads(arguments.threads)
@@ -55,7 +55,10 @@ def main() -> None:
         target = arguments.records / arguments.task / f"seed-{seed}"
         target.mkdir(parents=True, exist_ok=True)
         with show_progress() as progress:
-            run_arms(task, arms, seed, root, progress, steps=arguments.steps, keep_models=False, records_folder=target)
+            run_arms(
+                task, arms, seed, root, progress, steps=arguments.steps, keep_models=False, records_folder=target,
+                told=StepFigures(progress),
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,15 @@ MARK = "trimtab_record"
 """Key that tells a record from any other JSON file; its value is the schema version."""
 
 PACKAGES = ("trimtab", "torch", "transformers", "accelerate", "datasets", "trl", "peft", "numpy", "pillow")
+
+_SCRIPTS = ("bench", "docs", "examples", "experiments")
+"""Folders of the repository whose scripts are named as the command of a record."""
+
+_SECRET = re.compile(r"(?:^|[-_])(?:token|secret|password|passwd|api[-_]?key)$", re.IGNORECASE)
+"""How an option is named whose value stays out of records; `pack_tokens` is none."""
+
+_PATH = re.compile(r"""(?<![^\s=,\[{('"])(?:~|/(?!/)|[A-Za-z]:[\\/])[^\s,'"\]})]*""")
+"""A path inside a word of a command that starts at a root."""
 
 _FIELDS: dict[str, tuple[type, ...]] = {
     MARK: (int,),
@@ -65,7 +75,7 @@ def make_record(
     Returns:
         The record, ready for `write_record`: schema version, kind, settings, results, seed, start (ISO 8601,
         UTC), seconds, peak resident memory of this process in MiB, git commit of trimtab (None outside its
-        repository), versions, hardware.
+        repository), versions, hardware, and the command that this process is (see `own_command`; None for others).
 
     Raises:
         SettingError: An empty kind, or a start without a time zone.
@@ -89,6 +99,7 @@ def make_record(
         "commit": git_commit(),
         "versions": versions(),
         "hardware": hardware(),
+        "command": own_command(),
     }
 
 
@@ -146,7 +157,71 @@ def check_record(content: Any, name: str = "record") -> dict[str, Any]:
             came = "nothing" if value is ... else type(value).__name__
             allowed = " or ".join(kind.__name__ for kind in kinds)
             raise DataError(f"{name}: field {field!r} must be {allowed}, but {came} came. Make the record again.")
+    command = content.get("command")
+    if command is not None and not (isinstance(command, list) and all(isinstance(word, str) for word in command)):
+        raise DataError(f"{name}: field 'command' must be a list of words or null. Make the record again.")
     return dict(content)
+
+
+def own_command() -> list[str] | None:
+    """Return the command that this process is, so that somebody else can give it again.
+
+    Only `trimtab` itself and scripts of this repository are named: what a test, a notebook or somebody's own script
+    was called with repeats nothing. Paths that start at a root become relative to the working directory or bare
+    names, and values of options such as ``--hub_token`` become ``***``. Several processes are told as accelerate
+    starts them.
+
+    Returns:
+        The words of the command, or None.
+    """
+    program = _program()
+    if program is None:
+        return None
+    words = _portable_words(sys.argv[1:])
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if not processes.isdigit() or int(processes) < 2:
+        return [*(["trimtab"] if program == "trimtab" else ["python", program]), *words]
+    launch = ["accelerate", "launch", "--num_processes", processes]
+    return [*launch, *(["-m", "trimtab"] if program == "trimtab" else [program]), *words]
+
+
+def _program() -> str | None:
+    """Return "trimtab", the path of a script within the repository, or None."""
+    main: Any = sys.modules.get("__main__")
+    module = getattr(getattr(main, "__spec__", None), "name", None)
+    if module in ("trimtab", "trimtab.__main__"):
+        return "trimtab"
+    file = getattr(main, "__file__", None)
+    if module is not None or not file:
+        return None
+    if Path(file).stem == "trimtab" and Path(file).suffix in ("", ".exe"):
+        return "trimtab"
+    path, root = Path(os.path.abspath(file)), Path(__file__).resolve().parents[2]
+    if not path.is_relative_to(root) or not (root / "src" / "trimtab").is_dir():
+        return None
+    inside = path.relative_to(root)
+    return inside.as_posix() if inside.parts[0] in _SCRIPTS else None
+
+
+def _portable_words(words: Sequence[str]) -> list[str]:
+    told: list[str] = []
+    secret = False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if secret and not word.startswith("--"):
+            told.append("***")
+            secret = False
+            continue
+        secret = bool(_SECRET.search(name)) and word.startswith("-") and not equals
+        hidden = equals and word.startswith("-") and _SECRET.search(name)
+        told.append(f"{name}=***" if hidden else _portable_word(word))
+    return told
+
+
+def _portable_word(word: str) -> str:
+    """Return a word whose paths tell nothing about this machine; the part before an equals sign stays."""
+    whole = word.startswith(("/", "~")) and os.path.exists(os.path.expanduser(word))  # it may hold spaces
+    return portable_path(word) if whole else _PATH.sub(lambda found: portable_path(found[0]), word)
 
 
 def git_commit() -> dict[str, Any] | None:
@@ -232,7 +307,7 @@ def _plain(value: Any, *, portable: bool) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item, portable=portable) for key, item in value.items()}
     if isinstance(value, PurePath) or (portable and isinstance(value, str)):
-        return _portable(str(value))
+        return portable_path(str(value))
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
@@ -245,8 +320,11 @@ def _plain(value: Any, *, portable: bool) -> Any:
     raise DataError(f"A record cannot hold a {type(value).__name__}. Give numbers, words, lists and mappings of them.")
 
 
-def _portable(text: str) -> str:
-    """Return a path without what tells about this machine; other text unchanged."""
+def portable_path(text: str) -> str:
+    """Return a path without what tells about this machine: relative to the working directory, or its bare name.
+
+    Text that is no path from a root stays as it is.
+    """
     if not text.startswith(("/", "~")) and not PurePath(text).is_absolute():
         return text
     path = Path(os.path.abspath(os.path.expanduser(text)))

@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 import typer
+from tests.cli.terminal import open_terminal
 from tests.documents.test_documents import check_command
 
-from trimtab.cli import cache_commands, house_commands, main, run_commands, show
+from trimtab.cli import cache_commands, house_commands, main, report_commands, run_commands, show, view_commands
 from trimtab.cli.app import app
 from trimtab.errors import SettingError, TrimtabWarning
+from trimtab.run.progress import show_work
 
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]  # a group has commands
 
@@ -44,6 +46,7 @@ def test_the_commands_are_those_of_the_house() -> None:
         "validate-data",
         "report",
         "cache",
+        "view",
     }
     assert set(COMMANDS) == promised
 
@@ -55,14 +58,6 @@ def test_every_help_has_one_example_that_holds(command: str, capsys: pytest.Capt
     examples = re.findall(r"Example: (trimtab .+)", told)
     assert len(examples) == 1
     check_command(shlex.split(examples[0]))
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_that_make_a_record_print_it_on_request(command: str) -> None:
-    options = {
-        option for parameter in typer.main.get_command(app).commands[command].params for option in parameter.opts
-    }  # type: ignore[attr-defined]
-    assert ("--json" in options) == (command != "report")
 
 
 def test_help_version_and_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,21 +164,55 @@ def test_our_warnings_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert warnings.showwarning is show_before
 
 
-def test_with_json_stdout_holds_the_record_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("--names", "divprune", "--images", "1", "--tokens", "16", "--width", "8", "--repeats", "1")
-    assert run("bench", "pruners", "--json", *arguments) == 0
-    record = json.loads(capsys.readouterr().out)
-    assert record["kind"] == "bench_pruners"
-    assert record["results"]["pruners"]["divprune"]["plain_loop_same_picks"] is True
-    with show.only_json(True):
-        print("chatter")
-    told = capsys.readouterr()
-    assert (told.out, told.err) == ("", "chatter\n")
+def test_a_table_shows_names_with_brackets(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for plain in (True, False):
+        monkeypatch.setattr(show, "plain_output", lambda stream, plain=plain: plain)
+        show.print_table("t", ("a",), [("[bold]x[/bold]",)])
+        assert "[bold]x[/bold]" in capsys.readouterr().out
 
 
-def test_a_table_shows_names_with_brackets(capsys: pytest.CaptureFixture[str]) -> None:
-    show.print_table("t", ("a",), [("[bold]x[/bold]",)])
-    assert "[bold]x[/bold]" in capsys.readouterr().out
+def test_a_table_in_a_pipe_is_text_in_columns_that_nothing_cuts(capsys: pytest.CaptureFixture[str]) -> None:
+    show.print_table("t", ("name", "value"), [("a", 1), ("b" * 120, "two\nlines")])
+    assert capsys.readouterr().out.splitlines() == [
+        "t",
+        f"  name{' ' * 116}  value",
+        f"  a{' ' * 119}  1",
+        f"  {'b' * 120}  two lines",
+    ]
+
+
+def test_a_table_without_rows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for plain in (True, False):
+        monkeypatch.setattr(show, "plain_output", lambda stream, plain=plain: plain)
+        show.print_settings("nothing", {})
+        assert capsys.readouterr().out.startswith("nothing" if plain else "")
+
+
+def test_a_table_that_comes_while_a_bar_is_drawn_stands_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    with open_terminal(60) as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal.stream)
+        with show_work(stream=terminal.stream) as work:
+            work("rows", 1, 2)
+            show.print_settings("Cache", {"images": 8})
+            work("rows", 2, 2)
+    lines = [line for line in terminal.screen() if line]
+    assert [line.split()[0] for line in (lines[0], lines[-1])] == ["Cache", "rows"]
+    assert sum("rows" in line for line in lines) == 1
+    assert " images   8 " in f"{lines[2]} "
+
+
+def test_settings_on_a_terminal_stand_between_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(show, "plain_output", lambda stream: False)
+    show.print_settings("t", {"rows": 1234})
+    told = capsys.readouterr().out
+    title, above, row, below = told.splitlines()
+    assert (title.strip(), row.split()) == ("t", ["rows", "1,234"])
+    assert set(above.strip()) == set(below.strip()) == {"─"}
 
 
 @pytest.mark.parametrize(
@@ -217,7 +246,7 @@ def test_quickstart_hands_over_its_options(monkeypatch: pytest.MonkeyPatch, caps
 def test_files_of_commands_enter_what_they_define() -> None:
     defined = {
         name
-        for module in (cache_commands, house_commands, run_commands)
+        for module in (cache_commands, house_commands, report_commands, run_commands, view_commands)
         for name, value in vars(module).items()
         if callable(value) and getattr(value, "__module__", "") == module.__name__ and not name.startswith("_")
     } - {"add_to"}
@@ -251,9 +280,12 @@ def test_launchers_train_and_the_first_process_alone_prints(
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal of POSIX")
 def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "trimtab", "bench", "pruners", "--repeats", "100000", "--names", "random"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    time.sleep(15)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            time.sleep(15)
+            process.send_signal(signal.SIGINT)
+            _, told = process.communicate(timeout=60)
+        finally:
+            process.kill()  # else one that does not end would go on behind the other tests
     assert process.returncode == 130
     assert "Traceback" not in told

@@ -25,7 +25,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.MULTILINE))
 CLI = typer.main.get_command(app)
-OTHERS = {"swift"}
+OTHERS = {"swift", "lmms-eval"}
 """Commands of other frameworks, whose options are not looked at."""
 TAKES_SETTINGS = {"train", "eval", "check", "bench"}
 documents = pytest.mark.parametrize("path", DOCUMENTS, ids=short)
@@ -46,7 +46,7 @@ def check_trimtab(words: list[str]) -> None:
     command = CLI.commands[words[0]]
     options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
     for word in (word.partition("=")[0] for word in words[1:] if word.startswith("-")):
-        taken = words[0] in TAKES_SETTINGS and word[2:] in settings_names()
+        taken = words[0] in TAKES_SETTINGS and word[2:].replace("-", "_") in settings_names()
         bench = words[0] == "bench" and word[2:] in bench_arguments(words[1])
         assert word in options or taken or bench, f"trimtab {words[0]} has no option {word}"
 
@@ -63,7 +63,9 @@ def check_command(words: list[str]) -> None:
     """Raise where a command line names something that does not exist."""
     if words[0] == "make":
         assert set(words[1:2]) <= TARGETS, f"the Makefile has no target {words[1]}"
-    elif "trimtab" in words[:4]:
+    elif words[0] == "accelerate" and "trimtab" not in words:
+        assert (ROOT / words[-1]).is_file(), f"there is no script {words[-1]}"
+    elif "trimtab" in words[:4] or words[0] == "accelerate":
         check_trimtab(words[words.index("trimtab") + 1 :])
     elif words[:2] == ["pip", "install"]:
         extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
@@ -73,7 +75,7 @@ def check_command(words: list[str]) -> None:
         script = words[2].replace(".", "/") if words[1] == "-m" else words[1].removesuffix(".py")
         assert (ROOT / f"{script}.py").is_file() or (ROOT / script).is_dir(), f"there is no script {words[1:3]}"
     else:
-        assert words[0] in {"git", "cd", *OTHERS}, f"what is {words[0]}?"
+        assert words[0] in {"git", "cd", "source", *OTHERS}, f"what is {words[0]}?"
 
 
 @documents
@@ -138,11 +140,12 @@ def test_the_readme_shows_the_two_commands_first() -> None:
 def test_ci_calls_the_checks_and_the_test_command_of_the_readme() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     called = re.findall(r"^make (?:--\S+ )?(\S+)$", script, re.MULTILINE)
-    assert called == ["check", commands(README)[1][1]]
+    assert called == ["check", "docs", commands(README)[1][1]]
+    assert script.index("export TRIMTAB_BROWSER=required\n") < script.index("make --no-print-directory check\n")
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "test-all", "check", "format"])
+@pytest.mark.parametrize("target", ["quickstart", "test", "test-all", "browser", "docs", "check", "format"])
 def test_every_target_makes_its_environment(target: str) -> None:
     rule = re.search(rf"^{target}: (\S+) ##", MAKEFILE, re.MULTILINE)
     assert rule is not None

@@ -34,6 +34,7 @@ def test_these_are_the_examples() -> None:
         "own_pruner",
         "packed_loop",
         "plain_loop",
+        "scene_rows",
         "trainer_two_lines",
         "trl_plain",
         "trl_two_lines",
@@ -96,3 +97,13 @@ def test_the_packing_example_trains_every_sample_twice(tmp_path: Path, capsys: p
     assert len(lines) < 24, "several samples in a pack"
     _, info = LlavaForConditionalGeneration.from_pretrained(str(tmp_path), output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_the_rows_that_are_written_are_sound(tmp_path: Path) -> None:
+    from trimtab import validate_rows
+
+    load(ROOT / "examples" / "scene_rows.py").main(str(tmp_path), train=6, test=2)
+    for split, count in (("train", 6), ("test", 2)):
+        report = validate_rows(tmp_path / f"{split}.jsonl")
+        assert (report.sound, report.rows, report.images) == (True, count, count)
+    assert len([*(tmp_path / "images").iterdir()]) == 8

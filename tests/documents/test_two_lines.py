@@ -23,7 +23,7 @@ CHANGED = ROOT / "examples" / "trl_two_lines.py"
 
 
 def the_diff() -> str:
-    found = blocks((ROOT / "docs" / "methods" / "dualspeed.md").read_text(encoding="utf-8"), "diff")
+    found = blocks((ROOT / "docs" / "guides" / "trl.md").read_text(encoding="utf-8"), "diff")
     assert len(found) == 1
     return found[0]
 

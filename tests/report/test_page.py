@@ -11,7 +11,7 @@ from trimtab.errors import DataError, OutputError
 from trimtab.records import make_record, write_record
 from trimtab.report import render_report
 
-EMPTY_TAGS = {"meta", "link", "img", "br", "path", "use", "rect", "circle"}
+EMPTY_TAGS = {"meta", "link", "img", "br", "path", "use", "rect", "circle", "input"}
 
 
 class Page(HTMLParser):
@@ -78,7 +78,7 @@ def test_ids_are_unique_and_every_reference_has_its_id(run, tmp_path):
 def test_colours_follow_the_page_in_light_and_dark(run, tmp_path):
     page = render(run, tmp_path)
     drawings = re.findall(r"<svg.*?</svg>", page.source, flags=re.DOTALL)
-    assert len(drawings) == 4
+    assert len(drawings) == 5
     for drawing in drawings:
         assert not re.search(r"#[0-9a-f]{6}\b", drawing)
         assert set(re.findall(r"var\((--[a-z0-9]+)\)", drawing)) <= set(re.findall(r"(--[a-z0-9]+):", page.source))
@@ -91,11 +91,13 @@ def test_the_numbers_are_those_of_the_records(run, tmp_path):
     assert "DualSpeed took 0.40 of the training time and kept 97.8 % of the accuracy on full images." in text
     assert "2.50 ×" in text
     assert "+8.0 points above training on pruned tokens only (80.0 %)" in text
-    assert "Full tokens 90.0 % 82.6 to 94.5 – 2 min 05 s 1.00 – 3,200" in text
-    assert "Pruned only 80.0 % 71.1 to 86.7 70.0 % 40 s 0.32 88.9 %" in text
+    memory = r"[\d,]+\*"
+    assert re.search(rf"Full tokens 90.0 % 82.6 to 94.5 – 2 min 05 s 1.00 – {memory} 200 3,200", text)
+    assert re.search(rf"Pruned only 80.0 % 71.1 to 86.7 70.0 % 40 s 0.32 88.9 % [\d.]+ to [\d.]+ {memory} 200", text)
     assert "majority 20.0 %, language only 30.0 %" in text
-    assert "3 times on scenes" in text
-    assert "dualspeed.keep_ratio 0.1 (Pruned only, DualSpeed)" in text
+    assert "3 trainings are compared on scenes" in text
+    assert "dualspeed off on on" in text
+    assert "dualspeed.keep_ratio 0.1" in text
     assert all(f"{time} ms" in text for time in (400, 100, 500))
 
 
@@ -107,19 +109,27 @@ def test_pictures_and_wrong_answers_are_shown_and_escaped(run, tmp_path):
     assert "Is 1 &lt; 2?" in page.source
 
 
-def test_a_directory_of_records_gives_the_same_page(run, tmp_path):
+def test_the_same_records_give_the_same_page_byte_for_byte(run, tmp_path):
     for number, record in enumerate(run):
-        write_record(tmp_path / "records" / f"{number}.json", record)
-    first = render_report(run, tmp_path / "a.html").read_text(encoding="utf-8")
-    assert render_report(tmp_path, tmp_path / "b.html").read_text(encoding="utf-8") == first
+        write_record(tmp_path / "out" / "records" / f"{number}.json", record)
+    first = render_report(tmp_path / "out", tmp_path / "a.html").read_bytes()
+    assert render_report([tmp_path / "out"], tmp_path / "other" / "b.html").read_bytes() == first
+    assert render_report([tmp_path / "out", tmp_path / "out" / "records"], tmp_path / "c.html").read_bytes() == first
+    listed = render_report(run, tmp_path / "d.html").read_text(encoding="utf-8")
+    without = re.sub(r'<div class="made"><span>To make it again</span>\s*<code>trimtab report out</code>\s*</div>', "",
+                     first.decode())  # fmt: skip
+    assert "trimtab report out" in first.decode()
+    assert re.sub(r"\s+", " ", listed) == re.sub(r"\s+", " ", without), "records say the same without a directory"
 
 
 @pytest.mark.parametrize("kept", [["full"], ["pruned", "dualspeed"], ["dualspeed"], []])
 def test_fewer_arms_still_make_a_page(run, tmp_path, kept):
     fewer = [record for record in run if record["kind"] != "arm" or record["results"]["arm"] in kept]
-    text = render(fewer, tmp_path).text
-    assert "Records of this run" in text
-    assert ("Results on scenes" in text) == bool(kept)
+    page = render(fewer, tmp_path)
+    assert page.tags.count("h1") == 1
+    told = {"full": "Records of this run", "dualspeed": "A fast step took 0.20 of the time of a slow one."}
+    assert told.get(kept[-1], "") in page.text if kept else "No training is among these records." in page.text
+    assert ("Results on scenes" in page.text) == bool(kept)
 
 
 def test_gaps_in_the_log_do_no_harm(run, arm, tmp_path):

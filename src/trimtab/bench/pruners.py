@@ -24,6 +24,7 @@ def bench_pruners(
     repeats: int = 5,
     seed: int = 0,
     device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Time every pruner on a batch and image by image.
 
@@ -39,6 +40,7 @@ def bench_pruners(
         repeats: Timed rounds, at least 1.
         seed: Seed of the random tokens.
         device: Where to run, for example ``"cuda"``.
+        progress: Called with pruners done and pruners in all.
 
     Returns:
         A dict that JSON can hold: the settings, and under ``"pruners"`` for each name ``batched_s``, ``loop_s``
@@ -55,7 +57,11 @@ def bench_pruners(
             raise setting_error("bench_pruners", setting, "at least 1", value)
     num_keep = kept_count(tokens, keep_ratio)
     inputs = random_inputs(images, tokens, width, seed, torch.device(device))
-    rows = {name: _bench_one(name, inputs, num_keep, repeats) for name in names or pruner_names()}
+    chosen, rows = list(names or pruner_names()), {}
+    for name in chosen:
+        rows[name] = _bench_one(name, inputs, num_keep, repeats)
+        if progress is not None:
+            progress(len(rows), len(set(chosen)))
     return {
         "images": images,
         "tokens": tokens,

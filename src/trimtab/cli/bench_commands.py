@@ -18,18 +18,26 @@ def run_bench(context: typer.Context, config: Path | None, steps: int | None, ou
     kind = context.args[0] if config is None and context.args else None
     if kind == "training":
         _bench_training(context.args[1:], steps, out, as_json)
-        return
+    elif kind == "pruners":
+        _bench_pruners(context.args[1:], out, as_json)
+    else:
+        _bench_steps(context, config, steps, out, as_json)
+
+
+def _refuse_out(out: Path | None) -> None:
     if out is not None:
         raise SettingError("--out takes the record of `trimtab bench training`. Elsewhere, use --json > record.json.")
-    if kind == "pruners":
-        _bench_pruners(context.args[1:], as_json)
-        return
+
+
+def _bench_steps(
+    context: typer.Context, config: Path | None, steps: int | None, out: Path | None, as_json: bool
+) -> None:
     from trimtab.bench import times_faster
     from trimtab.run.bench import bench as run
 
-    settings = load(context, config)
-    with show.only_json(as_json), show.progress_bar("steps") as progress:
-        record = run(settings, steps=steps or 20, progress=progress)
+    with show.only_json(as_json), show.progress_bar("rounds of steps") as progress:
+        _refuse_out(out)
+        record = run(load(context, config), steps=steps or 20, progress=progress)
     if as_json:
         show.print_json(record)
         return
@@ -44,12 +52,14 @@ def _bench_training(arguments: list[str], steps: int | None, out: Path | None, a
     from trimtab.report.speed import training_tables
     from trimtab.run.bench_training import bench_training
 
-    given = _arguments("bench training", bench_training, arguments, without=("progress",))
-    if steps is not None and "repeats" in given:
-        raise SettingError("--steps and --repeats are two names for the timed rounds of `bench training`. Give one.")
-    if steps is not None:
-        given["repeats"] = steps
     with show.only_json(as_json), show.progress_bar("rounds") as progress:
+        given = _arguments("bench training", bench_training, arguments, without=("progress",))
+        if steps is not None and "repeats" in given:
+            raise SettingError(
+                "--steps and --repeats are two names for the timed rounds of `bench training`. Give one."
+            )
+        if steps is not None:
+            given["repeats"] = steps
         record = bench_training(**given, progress=progress)
     if as_json:
         show.print_json(record)
@@ -73,12 +83,14 @@ def _arguments(
     return convert_all(owner, parse_overrides(arguments), hints)
 
 
-def _bench_pruners(arguments: list[str], as_json: bool) -> None:
+def _bench_pruners(arguments: list[str], out: Path | None, as_json: bool) -> None:
     from trimtab.bench.pruners import bench_pruners
     from trimtab.records import make_record
 
-    given = _arguments("bench pruners", bench_pruners, arguments)
-    results = bench_pruners(**given)
+    with show.only_json(as_json), show.progress_bar("pruners") as progress:
+        _refuse_out(out)
+        given = _arguments("bench pruners", bench_pruners, arguments, without=("progress",))
+        results = bench_pruners(**given, progress=progress)
     if as_json:
         show.print_json(make_record("bench_pruners", given, results, seed=results["seed"]))
         return

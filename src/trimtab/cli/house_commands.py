@@ -1,4 +1,4 @@
-"""Commands that need no run file: quickstart, methods, validate-data, report."""
+"""Commands that need no run file: quickstart, methods, validate-data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ def add_to(app: typer.Typer) -> None:
     app.command(epilog="Example: trimtab quickstart --out quickstart-out --seed 1")(quickstart)
     app.command(epilog="Example: trimtab methods dualspeed")(methods)
     app.command(epilog="Example: trimtab validate-data train.jsonl --image-folder images")(validate_data)
-    app.command(epilog="Example: trimtab report out --to page.html")(report)
 
 
 def methods(
@@ -28,7 +27,8 @@ def methods(
     """List every method: what gets smaller, paper, entry, cost."""
     from trimtab.cards import all_cards, find_card, markdown_table
 
-    cards = [find_card(name)] if name else all_cards()
+    with show.only_json(as_json):
+        cards = [find_card(name)] if name else all_cards()
     if as_json:
         show.print_json(cards[0].to_dict() if name else [card.to_dict() for card in cards])
     elif markdown:
@@ -53,7 +53,7 @@ def validate_data(
 
     reports = []
     for file in files:
-        with show.only_json(as_json), show.progress_bar("rows") as progress:
+        with show.only_json(as_json), show.progress_bar(f"rows of {file.name}") as progress:
             reports.append(validate_rows(file, image_folder=image_folder, limit=limit, progress=progress))
     if as_json:
         show.print_json([report.to_dict() for report in reports])
@@ -70,16 +70,6 @@ def _print_validation(report: dict[str, Any]) -> None:
     if problems:
         columns = (report["counting"], "kind", "problem")
         show.print_table("Problems", columns, [tuple(problem.values()) for problem in problems])
-
-
-def report(
-    directory: Path = typer.Argument(help="Output directory of a run, or a folder of records."),
-    to: Path = typer.Option(None, help="Where the page goes; report.html in the directory by default."),
-) -> None:
-    """Write one self-contained HTML page from the records of a run."""
-    from trimtab.report import render_report
-
-    print(f"Wrote {render_report(directory, to or directory / 'report.html')}")
 
 
 def quickstart(

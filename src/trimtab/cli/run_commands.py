@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from trimtab.cli import show
+from trimtab.cli import show, show_training
 from trimtab.cli.bench_commands import run_bench
 from trimtab.cli.run_files import CONFIG, JSON, load, run_file
 
@@ -36,14 +36,15 @@ def train(context: typer.Context, config: Path = CONFIG, as_json: bool = JSON) -
     """
     from trimtab.run.train import train as run
 
-    with show.only_json(as_json):
-        record = run(load(context, config))
+    with show.only_json(as_json), show_training.watch() as view:
+        settings = load(context, config)
+        record = run(settings, view)
     if not show.first_process():
         return
     if as_json:
         show.print_json(record)
     else:
-        show.print_settings("Trained", {name: value for name, value in record["results"].items() if name != "log"})
+        show_training.print_outcome(record, settings.output_dir)
 
 
 def evaluate(
@@ -60,10 +61,10 @@ def evaluate(
     from trimtab.run.config import load_config, parse_overrides
     from trimtab.run.evaluate import evaluate as run
 
-    file, rest = run_file(context, config)
-    settings = load_config(file, rest)
-    explicit = [name.split(".")[1] for name in parse_overrides(rest) if name.startswith("dualspeed.")]
     with show.only_json(as_json), show.progress_bar("rows") as progress:
+        file, rest = run_file(context, config)
+        settings = load_config(file, rest)
+        explicit = [name.split(".")[1] for name in parse_overrides(rest) if name.startswith("dualspeed.")]
         record = run(
             settings, checkpoint, pruned=pruned, explicit=explicit, limit=limit, batch_size=batch_size,
             max_new_tokens=max_new_tokens, progress=progress,
@@ -88,9 +89,8 @@ def check(
     """Say in under a minute whether the model works, the data is sound, and how much there is to gain."""
     from trimtab.run.check import check as run
 
-    settings = load(context, config)
     with show.only_json(as_json), show.progress_bar("rows, then steps") as progress:
-        record = run(settings, limit=limit, progress=progress, seconds=seconds)
+        record = run(load(context, config), limit=limit, progress=progress, seconds=seconds)
     if as_json:
         show.print_json(record)
     else:
@@ -130,8 +130,8 @@ def export(
     """Write the ordinary checkpoint: no side files, adapters merged, checked with stock transformers."""
     from trimtab.run.export import export as run
 
-    with show.only_json(as_json):
-        record = run(checkpoint, out)
+    with show.only_json(as_json), show.progress_bar("exporting") as progress:
+        record = run(checkpoint, out, progress)
     if as_json:
         show.print_json(record)
     else:

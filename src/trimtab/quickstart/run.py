@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from trimtab.quickstart.arms import ARMS, Arm
-from trimtab.quickstart.task import Conversations, Progress, Task, make_start, open_start
+from trimtab.quickstart.task import Conversations, Progress, StepTold, Task, make_start, open_start
+from trimtab.run.progress import Work, plain_output, show_work
 
 QUICKSTART_ARMS = ("full", "pruned", "dualspeed")
 PICTURES = 6
+RECENT = 20
+"""Steps of one mode whose mean loss is shown while an arm trains."""
 
 
 def quickstart(
@@ -54,12 +59,13 @@ def quickstart(
         print_summary(record["results"]["arms"], root)
         return record
     with show_progress() as progress:
-        records = run_arms(task, [ARMS[name] for name in QUICKSTART_ARMS], seed, root, progress, steps=steps)
+        chosen = [ARMS[name] for name in QUICKSTART_ARMS]
+        records = run_arms(task, chosen, seed, root, progress, steps=steps, told=StepFigures(progress))
         _write_pictures(task, root, seed)
-    summary = summarise(records)
-    record = _write_summary(task, summary, root, seed)
-    render_report(root / "records", root / "report.html", title="trimtab quickstart")
-    _keep_checkpoint(root)
+        summary = summarise(records)
+        record = _write_summary(task, summary, root, seed)
+        render_report(root, root / "report.html", title="trimtab quickstart")
+        _keep_checkpoint(root, progress)
     place.finish()
     print_summary(summary, root)
     return record
@@ -76,6 +82,7 @@ def run_arms(
     keep_models: bool = True,
     records_folder: Path | None = None,
     save_every: int = 50,
+    told: StepTold | None = None,
 ) -> list[dict[str, Any]]:
     """Train and judge arms of one seed from one start; what was done before is only read.
 
@@ -89,6 +96,7 @@ def run_arms(
         keep_models: Whether to keep the final models.
         records_folder: Where records go; None for ``records/`` in the output directory.
         save_every: Steps between checkpoints.
+        told: Called with the arm and the line of its log after every step.
 
     Returns:
         Their records.
@@ -122,6 +130,7 @@ def run_arms(
             steps=equal_time_steps(records, arm) or steps,
             keep_model=keep_models,
             save_every=save_every,
+            told=told,
         )
     return list(records.values())
 
@@ -161,13 +170,17 @@ def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def print_summary(summary: list[dict[str, Any]], root: Path) -> None:
-    """Print the table of a finished quickstart and where everything is."""
+    """Print the table of a finished quickstart and where everything is, the page last."""
+    from rich.box import HEAVY_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Trained from one start on equally many samples; judged on all visual tokens")
+    table = Table(
+        title="Trained from one start on equally many samples; judged on all visual tokens",
+        box=None if plain_output(sys.stdout) else HEAVY_HEAD,
+    )
     for title in ("arm", "accuracy", "of full", "pruned images", "training", "time of full"):
-        table.add_column(title, justify="left" if title == "arm" else "right")
+        table.add_column(title, justify="left" if title == "arm" else "right", overflow="fold")
     for line in summary:
         pruned = "" if line["accuracy_pruned"] is None else f"{line['accuracy_pruned']:.3f}"
         table.add_row(
@@ -178,31 +191,52 @@ def print_summary(summary: list[dict[str, Any]], root: Path) -> None:
             f"{line['seconds']:.0f} s",
             f"{line['time_of_full']:.2f}",
         )
-    console = Console()
+    console = Console(highlight=False)
     console.print(table)
-    console.print(f"Page: {root / 'report.html'}   Records: {root / 'records'}   Checkpoint: {root / 'checkpoint'}")
+    for name, place in (("Records", "records"), ("Checkpoint", "checkpoint"), ("Report", "report.html")):
+        console.print(f"{name}: {root / place}", soft_wrap=True, markup=False)
 
 
 @contextmanager
-def show_progress() -> Iterator[Progress]:
-    """Show one bar per piece of work on the terminal (nothing moves where output is no terminal)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
+def show_progress() -> Iterator[Work]:
+    """Show pieces of work with pace and expected end: one bar each on a terminal, a line now and then elsewhere."""
+    with show_work() as work:
+        yield work
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:>18}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=console) as bars:
-        known: dict[str, Any] = {}
 
-        def report(what: str, done: int, total: int) -> None:
-            if what not in known or (bars.tasks[known[what]].finished and done < total):
-                known[what] = bars.add_task(what, total=total)
-            bars.update(known[what], completed=done, total=total)
-            if not console.is_terminal and done == total:
-                console.print(f"{what}: {total} done")
+class StepFigures:
+    """Shows the mode share and the losses of an arm behind its bar.
 
-        yield report
+    Args:
+        work: What is shown.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._counts: dict[str, Counter[str]] = {}
+        self._losses: dict[str, dict[str, deque[float]]] = {}
+
+    def __call__(self, arm: str, entry: Mapping[str, Any]) -> None:
+        """Take the line of a step, see `trimtab.quickstart.train_arm.StepLog`."""
+        counts = self._counts.setdefault(arm, Counter())
+        if entry["mode"] == "mixed":
+            counts.update(slow=entry["slow_samples"], fast=entry["samples"] - entry["slow_samples"])
+            found = {"CE fast": entry["ce_fast"], "CE slow": entry["ce_slow"]}
+        else:
+            counts[entry["mode"]] += 1
+            found = {"CE" if entry["mode"] == "full" else f"CE {entry['mode']}": entry["ce"]}
+        recent = self._losses.setdefault(arm, {})
+        for name, value in {**found, "KL": entry.get("kl")}.items():
+            if value is not None:
+                recent.setdefault(name, deque(maxlen=RECENT)).append(value)
+        self._work.note(arm, self._words(counts, recent))
+
+    @staticmethod
+    def _words(counts: Counter[str], recent: Mapping[str, deque[float]]) -> list[str]:
+        every = counts["fast"] + counts["slow"]
+        share = [f"{counts['fast'] / every:.0%} fast, {counts['slow'] / every:.0%} slow"] if every else []
+        means = ((name, recent[name]) for name in ("CE", "CE fast", "CE slow", "KL") if name in recent)
+        return [*share, *(f"{name} {sum(values) / len(values):.4g}" for name, values in means)]
 
 
 def _floor(task: Task) -> dict[str, Any]:
@@ -216,26 +250,22 @@ def _floor(task: Task) -> dict[str, Any]:
 
 def _write_pictures(task: Task, root: Path, seed: int) -> None:
     """Draw what the fast mode keeps of a few test images."""
-    from trimtab.dualspeed import DualSpeedConfig, attach
-    from trimtab.quickstart.train_arm import without_advice
+    from trimtab.dualspeed import DualSpeedConfig
+    from trimtab.dualspeed.look import ImageLook
     from trimtab.records import make_record, write_record
-    from trimtab.report import draw_kept, picture_entry
 
     path = root / "records" / "pictures.json"
     if path.exists():
         return
     model, processor = open_start(root / "arms" / "dualspeed" / "model")
-    with without_advice():
-        handle = attach(model, DualSpeedConfig(**{**task.dualspeed, "seed": seed}))
-    side = task.sizes.image_size // task.sizes.patch_size
+    config = DualSpeedConfig(**{**task.dualspeed, "seed": seed})
     entries = []
     for row in (task.test[number] for number in range(min(PICTURES, len(task.test)))):
-        batch = processor(images=[row["image"]], text="<image>", return_tensors="pt")
-        kept = handle.chosen_tokens(batch)[0]
-        caption = f"{row['questions'][0]} {row['answers'][0]} ({len(kept)} of {side * side} tokens kept)"
-        entries.append(picture_entry(draw_kept(row["image"], kept.tolist(), (side, side)), caption))
-    handle.detach()
-    write_record(path, make_record("pictures", {"dualspeed": task.dualspeed}, {"pictures": entries}, seed=seed))
+        question, answer = row["questions"][0], row["answers"][0]
+        seen = ImageLook(model, processor, row["image"], question).choose(config)
+        entries.append(seen.to_entry(f"{question} {answer}"))
+    results = {"pictures": entries, "arm": "dualspeed", "dataset": task.name}
+    write_record(path, make_record("pictures", {"dualspeed": config.to_dict()}, results, seed=seed))
 
 
 def _write_summary(task: Task, summary: list[dict[str, Any]], root: Path, seed: int) -> dict[str, Any]:
@@ -246,10 +276,10 @@ def _write_summary(task: Task, summary: list[dict[str, Any]], root: Path, seed: 
     return record
 
 
-def _keep_checkpoint(root: Path) -> None:
+def _keep_checkpoint(root: Path, progress: Progress) -> None:
     """Export the DualSpeed arm's checkpoint, checked against the stock loader."""
     from trimtab.run.export import export
 
     target = root / "checkpoint"
     if not target.exists():
-        export(root / "arms" / "dualspeed" / "model", target)
+        export(root / "arms" / "dualspeed" / "model", target, lambda done, parts: progress("checkpoint", done, parts))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 Progress = Callable[[str, int, int], None]
+StepTold = Callable[[str, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True, kw_only=True)

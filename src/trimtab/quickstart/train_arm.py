@@ -19,7 +19,8 @@ from trimtab.errors import TrimtabWarning
 from trimtab.evaluate import exact_match
 from trimtab.files import JsonLines, read_json_lines, write_text_atomic
 from trimtab.quickstart.arms import Arm
-from trimtab.quickstart.task import Conversations, PadConversations, Progress, Task, clear_folder, open_start
+from trimtab.quickstart.step_memory import step_memory
+from trimtab.quickstart.task import Conversations, PadConversations, Progress, StepTold, Task, clear_folder, open_start
 from trimtab.records import make_record, read_record, write_record
 from trimtab.run.checkpoints import last_checkpoint, step_of, train_from
 
@@ -39,6 +40,7 @@ def train_arm(
     steps: int | None = None,
     save_every: int = 50,
     keep_model: bool = True,
+    told: StepTold | None = None,
 ) -> dict[str, Any]:
     """Train and judge one arm, or return its record where that was done before.
 
@@ -56,6 +58,7 @@ def train_arm(
         steps: Steps other than the task's.
         save_every: Steps between checkpoints.
         keep_model: Whether to keep the final model.
+        told: Called with the arm and the line of the log after every step.
 
     Returns:
         The record, of kind "arm".
@@ -64,7 +67,7 @@ def train_arm(
         return read_record(record_path)
     steps = steps or task.steps
     began = time.perf_counter()
-    trainer = _make_trainer(task, arm, seed, start, folder, steps, save_every, data(), progress)
+    trainer = _make_trainer(task, arm, seed, start, folder, steps, save_every, data(), progress, told)
     last = last_checkpoint(folder)
     _forget_steps(folder, last)
     with JsonLines(folder / STEP_LOG) as trainer.log_lines:
@@ -80,6 +83,7 @@ def train_arm(
         "samples": steps * task.batch_size,
         "seconds_train": seconds,
         "log": log,
+        **step_memory(trainer, task.batch_size),
         **judge_arm(task, trainer, folder, progress),
     }
     settings = {**task.settings(), "dualspeed": config.to_dict() if config else None, "arm": arm.name, "steps": steps}
@@ -131,6 +135,7 @@ def _make_trainer(
     save_every: int,
     data: Conversations,
     progress: Progress,
+    told: StepTold | None,
 ) -> Any:
     model, processor = open_start(start)
     arguments = TrainingArguments(
@@ -153,7 +158,7 @@ def _make_trainer(
         remove_unused_columns=False,
         dataloader_drop_last=True,
     )
-    log = StepLog(arm.name, progress)
+    log = StepLog(arm.name, progress, told)
     with without_advice():
         trainer = with_dualspeed(_Measured)(
             model=model,
@@ -203,10 +208,11 @@ class StepLog(TrainerCallback):  # type: ignore[misc]
     Args:
         arm: Name of the arm, for the progress.
         progress: Called with the arm, the step and the number of steps.
+        told: Called with the arm and the line, with how many ``samples`` there were.
     """
 
-    def __init__(self, arm: str, progress: Progress) -> None:
-        self.arm, self.progress = arm, progress
+    def __init__(self, arm: str, progress: Progress, told: StepTold | None = None) -> None:
+        self.arm, self.progress, self.told = arm, progress, told
         self.trainer: Any = None
         self.mark = 0.0
         self.slow_samples = 0
@@ -222,6 +228,8 @@ class StepLog(TrainerCallback):  # type: ignore[misc]
         seconds = time.perf_counter() - self.mark
         entry = {"step": state.global_step, "seconds": round(seconds, 5), **self._losses()}
         self.trainer.log_lines.append(entry)
+        if self.told is not None:
+            self.told(self.arm, {**entry, "samples": args.per_device_train_batch_size})
         self.progress(self.arm, state.global_step, state.max_steps)
         self.mark = time.perf_counter()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from trimtab.report import rows
 from trimtab.report.charts import ARM_COLORS, Bar, Line, bar_chart, line_chart
+from trimtab.report.overlays import overlays_of
 from trimtab.report.page import write_page
 from trimtab.report.rows import Record
 
@@ -64,7 +65,11 @@ def render_experiment(
     """
     found = rows.load(records)
     tables = [_table(found, dataset, arms) for dataset, arms in rows.arms_of(found).items()]
-    return write_page("experiment.html", out_path, found, page_title=title, paragraphs=list(paragraphs), tables=tables)
+    overlays, left_out = overlays_of(found)
+    return write_page(
+        "experiment.html", out_path, found, page_title=title, paragraphs=list(paragraphs), tables=tables,
+        overlays=overlays, left_out=left_out, settings=rows.settings_table(found), machine=rows.machine_table(found),
+    )  # fmt: skip
 
 
 def group_arms(arms: Sequence[Record]) -> list[Group]:

@@ -19,7 +19,9 @@ ARM_ORDER = tuple(ARM_LABELS)
 _ARM_FIELDS = ("arm", "seconds_train", "samples", "steps", "accuracy_full", "dataset")
 FEW = 3
 """So many arms at most are named beside a setting that not all arms have."""
-_COMPUTED = ("name", "arm", "majority", "language_only")
+FIRST = 20
+"""So many parts of a long list are shown."""
+COMPUTED = ("name", "arm", "majority", "language_only")
 """What records list among their settings, though tables and headings tell it."""
 
 _WORDS = {
@@ -50,7 +52,7 @@ def load(source: Sequence[Record] | str | os.PathLike[str]) -> list[dict[str, An
 def arms_of(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Return the arm records by data set; in each, full first, then pruned, DualSpeed, and the rest by name."""
     found: dict[str, list[Record]] = {}
-    for record in sorted((r for r in records if r["kind"] == "arm"), key=_rank):
+    for record in sorted((r for r in records if r["kind"] == "arm"), key=arm_rank):
         found.setdefault(str(record["results"]["dataset"]), []).append(record)
     return found
 
@@ -67,11 +69,6 @@ def baselines(records: Sequence[Record], dataset: str) -> dict[str, float]:
                 if value is not None:
                     found[words] = float(value)
     return found
-
-
-def pictures_of(records: Sequence[Record]) -> list[dict[str, str]]:
-    """Return all pictures with captions."""
-    return [dict(p) for r in records if r["kind"] == "pictures" for p in r["results"]["pictures"]]
 
 
 def label_of(arm: str) -> str:
@@ -142,10 +139,12 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 def settings_table(records: Sequence[Record]) -> list[tuple[str, str]]:
     """Return name and value of every setting of the arms; where arms differ, the commonest value and who departs."""
-    arms = sorted((record for record in records if record["kind"] == "arm"), key=_rank)
-    flat = [(str(r["results"]["dataset"]), label_of(str(r["results"]["arm"])), _flat(r["settings"])) for r in arms]
+    arms = sorted((record for record in records if record["kind"] == "arm"), key=arm_rank)
+    flat = [
+        (str(r["results"]["dataset"]), label_of(str(r["results"]["arm"])), flat_settings(r["settings"])) for r in arms
+    ]
     names = dict.fromkeys(name for _, _, values in flat for name in values)
-    return [(name, _values(name, flat)) for name in names if name not in _COMPUTED]
+    return [(name, _values(name, flat)) for name in names if name not in COMPUTED]
 
 
 def machine_table(records: Sequence[Record]) -> list[tuple[str, str]]:
@@ -163,21 +162,58 @@ def machine_table(records: Sequence[Record]) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
-def _rank(record: Record) -> tuple[int, list[tuple[bool, int, str]], str]:
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return settings as words by their names, those of blocks with the block's name and a point before them."""
+    flat: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flat_settings(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = "–" if value is None or value == {} else _setting(value)
+    return flat
+
+
+def _setting(value: Any) -> str:
+    text = str(value)
+    return f"{value:.6g}" if isinstance(value, float) and len(text) > 10 else text
+
+
+def flat_results(results: Any, prefix: str = "") -> dict[str, str]:
+    """Return the figures and words of results by their places; long lists and texts are cut short."""
+    if isinstance(results, Mapping):
+        pairs: list[tuple[str, Any]] = [(str(name), value) for name, value in results.items()]
+    elif isinstance(results, list) and any(isinstance(item, (Mapping, list)) for item in results):
+        pairs = [(str(number + 1), value) for number, value in enumerate(results[:FIRST])]
+    else:
+        return {prefix.removesuffix("."): figure(results)}
+    flat: dict[str, str] = {}
+    for name, value in pairs:
+        flat.update(flat_results(value, f"{prefix}{name}."))
+    return flat
+
+
+def figure(value: Any) -> str:
+    """Return a figure with four digits, a list in one line, words cut where they are long."""
+    if value is None or value in ([], {}):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list):
+        rest = f", ... ({len(value)} in all)" if len(value) > FIRST else ""
+        return ", ".join(figure(item) for item in value[:FIRST]) + rest
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def arm_rank(record: Record) -> tuple[int, list[tuple[bool, int, str]], str]:
     """Return the main arms first, then the others by name, numbers in it by size."""
     arm = str(record["results"]["arm"])
     parts = [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in arm.split("_")]
     return (ARM_ORDER.index(arm) if arm in ARM_ORDER else len(ARM_ORDER), parts, str(record["seed"]))
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = "–" if value is None or value == {} else str(value)
-    return flat
 
 
 def _values(name: str, flat: Sequence[tuple[str, str, Mapping[str, str]]]) -> str:

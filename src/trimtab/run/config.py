@@ -20,9 +20,13 @@ from trimtab.run.run_file import parse_value, read_run_file
 RESOLVED_FILE = "resolved.yaml"
 """Name of the file in the output directory that holds the settings the run really had."""
 
+LOGGING_STEPS = 10
+"""Optimizer steps from log to log where the settings name none; 500, as transformers has it, shows losses too late."""
+
 TRAINERS = ("trainer", "sft")
 ON_BAD = ("error", "skip")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_NOT_OF_THE_RUN = ("resume", "overwrite", "report_every")
 _TAKEN = {
     "do_train": "the command says what is done",
     "do_eval": "the command says what is done",
@@ -52,6 +56,8 @@ class RunConfig:
         trainer: ``"trainer"`` for transformers' Trainer, ``"sft"`` for TRL's SFTTrainer (extra ``trl``).
         resume: Continue the run that is in `output_dir`.
         overwrite: Start anew in an `output_dir` that holds a run.
+        report_every: Optimizer steps after which ``report.html`` in `output_dir` is written anew while the training
+            runs, so that it can be watched; None or 0 for no report.
         training: Fields of TrainingArguments (SFTConfig for ``sft``) that were given.
         dualspeed: Settings of DualSpeed, or None for plain training on full tokens.
     """
@@ -70,6 +76,7 @@ class RunConfig:
     trainer: str = "trainer"
     resume: bool = False
     overwrite: bool = False
+    report_every: int | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     dualspeed: DualSpeedConfig | None = None
 
@@ -82,6 +89,8 @@ class RunConfig:
             raise setting_error("RunConfig", "data_files", "at least one file", self.data_files)
         if self.max_length is not None and self.max_length < 1:
             raise setting_error("RunConfig", "max_length", "at least 1, or null", self.max_length)
+        if self.report_every is not None and self.report_every < 0:
+            raise setting_error("RunConfig", "report_every", "at least 1, or 0 or null for none", self.report_every)
         for name, allowed in (("trainer", TRAINERS), ("dtype", DTYPES), ("on_bad", ON_BAD)):
             if getattr(self, name) not in allowed:
                 raise setting_error("RunConfig", name, f"one of {', '.join(allowed)}", getattr(self, name))
@@ -95,8 +104,8 @@ class RunConfig:
         return {**own, **self.training, "dualspeed": block}
 
     def identity(self) -> dict[str, Any]:
-        """Return what makes two runs the same run: everything but `resume` and `overwrite`."""
-        return {name: value for name, value in self.to_dict().items() if name not in ("resume", "overwrite")}
+        """Return what makes two runs the same run: everything but `resume`, `overwrite` and `report_every`."""
+        return {name: value for name, value in self.to_dict().items() if name not in _NOT_OF_THE_RUN}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -290,6 +299,7 @@ def training_arguments(config: RunConfig) -> Any:
     if rows is not None and rows < 1:
         raise setting_error("RunConfig", "per_device_train_batch_size", "at least 1", rows)
     settings = {**config.training, "output_dir": config.output_dir, "remove_unused_columns": False}
+    settings.setdefault("logging_steps", LOGGING_STEPS)
     if config.trainer == "sft":
         from trimtab.run.extras import require
 

@@ -14,6 +14,7 @@ from trimtab.evaluate import exact_match
 from trimtab.records import make_record, read_record, write_record
 from trimtab.run.config import RunConfig
 from trimtab.run.load import load_rows_of, load_trained
+from trimtab.run.pictures import draw_pictures
 from trimtab.run.train import RECORD_FILE as TRAIN_RECORD
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def evaluate(
     if not config.eval_files:
         raise SettingError("eval needs eval_files, but the run file has none. Add `eval_files: test.jsonl`.")
     directory = Path(checkpoint or config.output_dir)
-    rows = _first(load_rows_of(config.eval_files, config), limit)
+    found = load_rows_of(config.eval_files, config)
+    rows = _first(found, limit)
     model, processor = load_trained(directory, config)
     started = datetime.now(timezone.utc)
     ask: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "progress": progress}
@@ -78,7 +80,17 @@ def evaluate(
     write_record(directory / RECORD_FILE, record)
     # Tokens pruned otherwise than in the training say nothing about the arm.
     _write_arm(directory, config, {"full": results["full"]} if explicit else results)
+    trained = _trained_settings(config, directory)
+    if trained is not None:
+        draw_pictures(directory, model, processor, trained, lambda: found, config.eval_files)
     return record
+
+
+def _trained_settings(config: RunConfig, directory: Path) -> DualSpeedConfig | None:
+    """Settings that the model was trained with, or those of the run file; None for plain training."""
+    from trimtab.dualspeed.inference import saved_settings, settings_folder
+
+    return config.dualspeed if settings_folder(directory) is None else saved_settings(directory)[0]
 
 
 def _first(rows: Any, limit: int | None) -> Any:

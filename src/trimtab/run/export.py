@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,13 @@ from trimtab.records import make_record
 from trimtab.run.extras import require
 from trimtab.run.load import ADAPTER_FILE, load_processor
 
+PARTS = 4
+"""Parts of an export that its progress counts."""
 
-def export(checkpoint_dir: str | Path, out_dir: str | Path) -> dict[str, Any]:
+
+def export(
+    checkpoint_dir: str | Path, out_dir: str | Path, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
     """Write the ordinary checkpoint: model, configuration and processor, nothing else.
 
     Side files stay behind and adapters are merged. The result takes the name `out_dir` only after it was loaded
@@ -25,6 +30,7 @@ def export(checkpoint_dir: str | Path, out_dir: str | Path) -> dict[str, Any]:
     Args:
         checkpoint_dir: Output directory of a run, or a checkpoint in it.
         out_dir: A new or empty directory.
+        progress: Called with parts done and parts in all: loading, writing, loading again, comparing.
 
     Returns:
         The record, kind "export": ``model_class``, ``tensors``, ``parameters``, ``missing_keys``,
@@ -39,12 +45,17 @@ def export(checkpoint_dir: str | Path, out_dir: str | Path) -> dict[str, Any]:
     _require_model(source)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"{target} is not an empty directory. Export into a new one; nothing is overwritten.")
+    done = progress or (lambda part, parts: None)
     model, merged = _load(source)
+    done(1, PARTS)
     with _whole_directory(target) as part:
         model.save_pretrained(str(part))
         load_processor(source).save_pretrained(str(part))
+        done(2, PARTS)
         again = _load_checked(part)
+        done(3, PARTS)
         _require_equal(model, again)
+    done(4, PARTS)
     results = {
         "model_class": type(again).__name__,
         "tensors": len(again.state_dict()),

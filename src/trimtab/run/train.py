@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,24 @@ from trimtab.run.checkpoints import last_checkpoint, train_from
 from trimtab.run.config import RunConfig, training_arguments, write_resolved
 from trimtab.run.extras import require
 from trimtab.run.load import load_model, load_processor, load_rows_of, skipped_rows
+from trimtab.run.pictures import draw_pictures
+from trimtab.run.report_every import ReportEvery
+from trimtab.run.step_times import StepTimes
+from trimtab.run.train_progress import TrainView, run_facts, watch_training
 
 RECORD_FILE = "records/train.json"
 """Where the record goes, below the output directory."""
 
 
-def train(config: RunConfig) -> dict[str, Any]:
+def train(config: RunConfig, view: TrainView | None = None) -> dict[str, Any]:
     """Train, save, and record.
 
     Everything that can be checked without the model is checked before it is loaded.
 
     Args:
         config: The settings.
+        view: Is told how far the training is, in place of the bar or the lines that the Trainer prints; give it in the
+            first process only. None leaves the Trainer its own.
 
     Returns:
         The record, kind "train": ``arm`` ("dualspeed" or "full"), ``seconds_train``, ``steps``, ``samples``,
@@ -41,26 +48,72 @@ def train(config: RunConfig) -> dict[str, Any]:
         UnsupportedModelError: The model cannot train on pruned visual tokens.
         OutputError: The output directory holds another run, or the disk is full.
     """
+    told = view or TrainView()
     arguments = training_arguments(config)
+    told.phase("reading the data")
     rows = load_rows_of(config.data_files, config)
     eval_rows = load_rows_of(config.eval_files, config) if _evaluates(arguments) else None
     output = _prepare(config, arguments)
     if output.finished:
         return read_record(output.path / RECORD_FILE)
     checkpoint = last_checkpoint(output.path) if output.resumed else None
+    told.phase("loading the model")
     model, processor = _model_to_train(config, checkpoint), load_processor(config.model_name_or_path)
     trainer = build_trainer(config, arguments, model, processor, rows, eval_rows)
+    trainer.add_callback(StepTimes(getattr(trainer, "dualspeed", None)))
+    if view is not None:
+        samples, facts = partial(_samples, config, trainer, rows), partial(run_facts, config, trainer, rows)
+        watch_training(trainer, view, samples, facts)
+    report = _report_while_training(config, trainer, rows, output.path)
     started, began = datetime.now(timezone.utc), time.perf_counter()
     with _disk_errors(output.path):
         train_from(trainer, checkpoint)
         seconds = time.perf_counter() - began
+        told.phase("saving the checkpoint")
         trainer.save_model(str(output.path))
         record = _record(config, trainer, rows, started, seconds)
         if trainer.is_world_process_zero():
             processor.save_pretrained(str(output.path))
             write_record(output.path / RECORD_FILE, record)
             output.finish()
+    if trainer.is_world_process_zero():
+        _draw_pictures(config, trainer, processor, rows, eval_rows)
+        report.finish()
     return record
+
+
+def _report_while_training(config: RunConfig, trainer: Any, rows: Any, directory: Path) -> ReportEvery:
+    """Let a report be written every so many steps, where that is asked for."""
+
+    def facts() -> dict[str, Any]:
+        """What is known on the host."""
+        found = {"arm": "dualspeed" if config.dualspeed else "full", "samples": _samples(config, trainer, rows)}
+        if config.dualspeed is None:
+            return found
+        done = trainer.dualspeed.state_dict()
+        counts = {f"{what}_{mode}": n for what in ("steps", "samples") for mode, n in done[what].items()}
+        return {**found, "metrics": counts}
+
+    report = ReportEvery(config.report_every or 0, directory, config.identity(), facts)
+    if report.every:
+        trainer.add_callback(report)
+    return report
+
+
+def _draw_pictures(config: RunConfig, trainer: Any, processor: Any, rows: Any, eval_rows: Any) -> None:
+    """Draw what fast steps keep of the first images of `eval_files`, or of `data_files` where there are none."""
+    if config.dualspeed is None:
+        return
+    # Reading with on_bad="skip" opens every image, which six pictures are not worth.
+    judged = eval_rows is not None or (config.eval_files and config.on_bad == "error")
+    files = config.eval_files if judged else config.data_files
+
+    def chosen() -> Any:
+        if not judged:
+            return rows
+        return load_rows_of(files, config) if eval_rows is None else eval_rows
+
+    draw_pictures(Path(config.output_dir), trainer.model, processor, trainer.dualspeed.config, chosen, files)
 
 
 def build_trainer(

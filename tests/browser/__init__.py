@@ -1,0 +1,1 @@
+"""Pages of the house in a real browser."""
