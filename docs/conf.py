@@ -31,7 +31,7 @@ extensions = [
 ]
 root_doc = "docs/index"
 include_patterns = ["docs/**.md", "CHANGELOG.md", "CONTRIBUTING.md", "README.md", "experiments/**.md"]
-exclude_patterns = [".venv", ".git", "build", "src", "tests", "bench", "runs", "quickstart-out", "**/records", ".*"]
+exclude_patterns = [".venv", ".git", "build", "src", "tests", "bench", "runs", "quickstart-out", "**/records", "**/.*"]
 source_suffix = {".md": "markdown"}
 templates_path = ["_templates"]
 

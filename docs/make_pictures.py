@@ -75,12 +75,6 @@ def quickstart(desk: Desk) -> Image.Image:
         return shot(page)
 
 
-def report_dark(desk: Desk) -> Image.Image:
-    """The same for readers who asked for dark pages."""
-    with desk.report(colours="dark") as page:
-        return shot(page)
-
-
 def report_phone(desk: Desk) -> Image.Image:
     """The report on a phone, light and dark."""
     shots = []
@@ -129,7 +123,7 @@ def view(desk: Desk) -> Image.Image:
 
 
 PICTURES: dict[str, Callable[[Desk], Image.Image]] = {
-    make.__name__: make for make in (quickstart, report_dark, report_phone, report_charts, overlays, view)
+    make.__name__: make for make in (quickstart, report_phone, report_charts, overlays, view)
 }
 
 

@@ -90,8 +90,19 @@ def _pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 def _listed(folder: Path) -> list[Path]:
+    """Return what a folder's page lists: folders and texts; weights and pictures of somebody's trials are left out."""
     children = (child for child in folder.iterdir() if not child.name.startswith((".", "__")))
-    return sorted(children, key=lambda child: (child.is_file(), child.name))
+    return sorted((child for child in children if _is_shown(child)), key=lambda child: (child.is_file(), child.name))
+
+
+def _is_shown(path: Path) -> bool:
+    if path.is_dir() or path.name.endswith(DATA):
+        return True
+    try:
+        path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return True
 
 
 def _list_page(app: Sphinx, path: str, inside: list[Path]) -> str:

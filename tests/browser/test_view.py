@@ -115,6 +115,8 @@ def test_a_pruner_more_is_shown_beside_the_others(visit: Open, plain: str) -> No
     boxes = [page.get_by_role("heading", name=name, exact=True).bounding_box() for name in ("divprune", "dpp")]
     assert abs(boxes[0]["y"] - boxes[1]["y"]) < 2, "side by side"
     assert abs(boxes[0]["x"] - boxes[1]["x"]) > 100
+    room = page.locator(".tt-panels").bounding_box()
+    assert room["x"] + room["width"] - max(box["x"] + box["width"] for box in boxes) < 2, "no empty column is left over"
 
 
 def test_the_keep_ratio_changes_what_is_kept(visit: Open, plain: str) -> None:

@@ -9,7 +9,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -147,7 +146,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
     monkeypatch.setattr("trimtab.cards.all_cards", interrupt)
     assert run("methods") == 130
-    assert "Traceback" not in capsys.readouterr().err
+    assert capsys.readouterr().err == "trimtab: interrupted.\n"
 
 
 def test_our_warnings_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,13 +278,22 @@ def test_launchers_train_and_the_first_process_alone_prints(
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal of POSIX")
 def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "trimtab", "bench", "pruners", "--repeats", "100000", "--names", "random"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    from tests.run.small_run import write_run
+
+    command = [sys.executable, "-m", "trimtab", "train", str(write_run(tmp_path, max_steps=100_000))]
+    # A shell starts what runs in the background with the signal ignored, and that would be inherited.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
+    with process:
         try:
-            time.sleep(15)
+            assert process.stderr is not None
+            while "step 2 of" not in (line := process.stderr.readline()):
+                assert line, "it ended by itself"
             process.send_signal(signal.SIGINT)
             _, told = process.communicate(timeout=60)
         finally:
             process.kill()  # else one that does not end would go on behind the other tests
     assert process.returncode == 130
+    assert told.splitlines()[-1] == "trimtab: interrupted."
     assert "Traceback" not in told

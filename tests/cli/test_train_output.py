@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -252,6 +252,18 @@ def test_a_terminal_shows_a_table_and_one_bar(columns: int, make: Make, monkeypa
         assert re.search(figure, below), (figure, below)
     assert "divprune" in " ".join(lines)
     assert not any("{'loss'" in line for line in lines), "the Trainer's own lines"
+
+
+def test_a_training_that_was_interrupted_is_shown_as_stopped() -> None:
+    def interrupted(stream: IO[str]) -> None:
+        with show_training.watch(stream) as view:
+            assert view is not None
+            view.begin({"model": "tiny"}, Figures(1, 4), bar=True)
+            raise KeyboardInterrupt
+
+    with open_terminal(100) as terminal, pytest.raises(KeyboardInterrupt):
+        interrupted(terminal.stream)
+    assert [line.split()[0] for line in terminal.screen() if "1/4" in line] == ["stopped"]
 
 
 def test_disable_tqdm_takes_the_bar_away_and_leaves_the_lines(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

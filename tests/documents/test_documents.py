@@ -68,6 +68,8 @@ def check_command(words: list[str]) -> None:
     elif "trimtab" in words[:4] or words[0] == "accelerate":
         check_trimtab(words[words.index("trimtab") + 1 :])
     elif words[:2] == ["pip", "install"]:
+        assert words[2] == "-e", "trimtab is on no package index yet: install it from the folder"
+        assert words[3].startswith(".")
         extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
         for extra in re.findall(r"\[([\w,]+)\]", " ".join(words)):
             assert set(extra.split(",")) <= extras
@@ -94,6 +96,8 @@ def test_every_command_exists_with_its_options(path: Path) -> None:
         "trimtab export --fast",
         "trimtab bench training --text_men 40",
         "python none.py",
+        "pip install trimtab[view]",
+        "pip install -e .[viw]",
         "python -m none.at_all",
     ],
 )
@@ -125,6 +129,22 @@ def test_run_files_are_accepted(path: Path) -> None:
 def test_links_lead_somewhere(path: Path) -> None:
     for target in links(path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), f"{short(path)} links to {target}"
+
+
+def pictures(text: str) -> list[tuple[str, str]]:
+    """Return words and place of every picture of a document."""
+    return re.findall(r"!\[([^\]]*)\]\(([^)\s]+)\)", text)
+
+
+def test_every_picture_is_shown_and_told_in_words() -> None:
+    shown = {
+        (path.parent / place).resolve(): words
+        for path in DOCUMENTS
+        for words, place in pictures(path.read_text(encoding="utf-8"))
+    }
+    assert set(shown) == set((ROOT / "docs" / "pictures").iterdir()), "a picture that no document shows, or none"
+    for place, words in shown.items():
+        assert len(words.split()) > 6, f"say what {place.name} shows to those who do not see it"
 
 
 def test_the_table_of_methods_is_the_one_of_the_cards() -> None:

@@ -30,6 +30,14 @@ def test_the_documents_show_the_tables_of_the_records(page: ModuleType, document
     assert "\n".join([page.BEGIN, *lines, page.END]) in text
 
 
+def test_times_that_say_nothing_are_in_no_table(page: ModuleType) -> None:
+    found = page.measured(page.read_records(ROOT / "experiments" / "dualspeed" / "records"))
+    assert set(page.UNTIMED) - {arm for _, arm in found} == {"full_packed_equal_time"}, "which has no record"
+    for (task, arm), means in found.items():
+        assert bool(means.time) is (arm not in page.UNTIMED), (task, arm)
+        assert all(time > 0 for time in means.time), (task, arm)
+
+
 def test_what_stands_between_the_marks_is_replaced_and_nothing_else(page: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "page.md"
     path.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")

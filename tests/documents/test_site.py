@@ -6,6 +6,7 @@ import ast
 import importlib
 import pkgutil
 import re
+import runpy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,31 @@ def test_every_method_has_a_page_under_the_same_headings(card: Any) -> None:
     text = (ROOT / "docs" / "methods" / f"{card.name}.md").read_text(encoding="utf-8")
     found = [heading for heading in re.findall(r"^## (.*)$", text, re.MULTILINE) if heading in HEADINGS]
     assert tuple(found) == HEADINGS
+
+
+def test_nothing_that_a_user_leaves_in_the_checkout_becomes_a_page(tmp_path: Path) -> None:
+    from sphinx.util.matching import get_matching_files
+
+    conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
+    kept = ["README.md", "docs/index.md", "docs/guides/trl.md", "experiments/dualspeed/README.md"]
+    left = [
+        "quickstart-out/checkpoint/README.md", "runs/a/README.md", ".venv/lib/x/docs/a.md", "venv/x.md", "out/a.md",
+        "build/docs/html/a.md", "tests/a.md", "NOTES.md", "docs/.ipynb_checkpoints/a.md", "experiments/a/records/b.md",
+    ]  # fmt: skip
+    for name in [*kept, *left]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = get_matching_files(tmp_path, conf["include_patterns"], conf["exclude_patterns"])
+    assert set(found) == set(kept)
+
+
+def test_a_folder_lists_texts_and_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "_ext"))
+    listed = importlib.import_module("site_sources")._listed
+    for name in ("script.py", "record.json", "model.safetensors", ".hidden", "__pycache__/a.pyc", "inside/a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\xff\xfe\x00" if name == "model.safetensors" else b"text")
+    assert [path.name for path in listed(tmp_path)] == ["inside", "record.json", "script.py"]
 
 
 def test_a_mark_that_is_not_known_stops_the_build(monkeypatch: pytest.MonkeyPatch) -> None:

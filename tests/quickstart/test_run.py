@@ -15,7 +15,7 @@ from trimtab.errors import OutputError
 from trimtab.quickstart import run, tasks
 from trimtab.quickstart.arms import ARMS, arm_of
 from trimtab.quickstart.run import QUICKSTART_ARMS, equal_time_steps, quickstart, run_arms, summarise
-from trimtab.quickstart.train_arm import StepLog
+from trimtab.quickstart.train_arm import STEP_LOG, StepLog
 
 THREE = [ARMS[name] for name in QUICKSTART_ARMS]
 
@@ -114,6 +114,24 @@ def test_interrupted_behind_the_last_step_takes_no_further_one(
             run_arms(small_task(), THREE[:1], 0, tmp_path, quiet, save_every=4)
     record = run_arms(small_task(), THREE[:1], 0, tmp_path, quiet, save_every=4)[0]
     assert [entry["step"] for entry in record["results"]["log"]] == [1, 2, 3, 4, 5, 6]
+    expected = final_weights(whole[0], "full")
+    assert all(torch.equal(value, expected[name]) for name, value in final_weights(tmp_path, "full").items())
+
+
+def test_an_arm_whose_log_is_lost_begins_anew(
+    whole: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trimtab.quickstart.train_arm.judge_arm", stop)
+        with pytest.raises(StopError):
+            run_arms(small_task(), THREE[:1], 0, tmp_path, quiet, save_every=4)
+    (tmp_path / "arms" / "full" / STEP_LOG).unlink()
+    record = run_arms(small_task(), THREE[:1], 0, tmp_path, quiet, save_every=4)[0]
+    assert [entry["step"] for entry in record["results"]["log"]] == [1, 2, 3, 4, 5, 6]
+    assert record["results"]["seconds_train"] > 0
     expected = final_weights(whole[0], "full")
     assert all(torch.equal(value, expected[name]) for name, value in final_weights(tmp_path, "full").items())
 

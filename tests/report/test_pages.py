@@ -171,9 +171,46 @@ def test_memory_by_mode_is_drawn_and_told_first(arm, tmp_path):
         records.append(record)
     page = page_of(records, tmp_path)
     assert "1.25 of the peak memory of full tokens (500 of 400 MiB)" in page.text
+    assert "(500 of 400 MiB), set by its slow steps; a fast step alone 0.38 (150 MiB)" in page.text
     assert "DualSpeed, fast 100.0 50.0 150.0" in page.text
     assert "Measured: counted <b>." in page.text
     assert "The peak memory of fast and slow steps" not in page.text, "it is known"
     odd = arm("full", 80, 9.0)
     odd["results"]["memory"] = {"held_mib": None, "step_mib": {"full": 1.0}}
     assert "Peak memory, by mode" not in page_of([odd], tmp_path).text
+
+
+def test_times_of_a_trainers_log_are_called_means_between_its_entries(tmp_path):
+    entries = [
+        {"step": 10 * place, "loss": 1.0, "slow_share": 0.1, "seconds_fast": 0.1, "seconds_slow": 0.4,
+         "seconds_data": 0.05}
+        for place in (1, 2, 3)
+    ]  # fmt: skip
+    plain = [{"step": 10 * place, "loss": 1.0, "seconds": 0.25} for place in (1, 2, 3)]
+    results = {"seconds_train": 10.0, "steps": 30, "samples": 60}
+    records = [
+        make_record("train", {}, {"arm": arm, "log": log, **results}, seed=0)
+        for arm, log in (("dualspeed", entries), ("full", plain))
+    ]
+    report = read_report(records)
+    tile = next(one for one in report.verdict.tiles if "step" in one["words"])
+    assert tile["value"] == "0.40"
+    assert "100 ms to 250 ms; a slow one takes 400 ms (medians of means between entries of the log)" in tile["words"]
+    page = write_report(report, tmp_path / "a.html").read_text("utf-8")
+    assert "A value is the mean over the steps between two entries of the log." in page
+    assert "DualSpeed, wait for data" in page
+    assert "Where the time of training went" not in page, "means of stretches do not add up to a whole"
+    single = read_report([{**records[0], "results": {**records[0]["results"], "log": [
+        {**entry, "step": place + 1} for place, entry in enumerate(entries)
+    ]}}])  # fmt: skip
+    assert "(medians of single steps)" in single.verdict.tiles[0]["words"] + single.verdict.tiles[1]["words"]
+
+
+def test_pictures_of_several_directories_name_theirs(tmp_path, run):
+    picture = next(record for record in run if record["kind"] == "pictures")
+    for name in ("one", "two"):
+        write_record(tmp_path / name / "records" / "pictures.json", picture)
+    report = read_report([tmp_path / "one", tmp_path / "two"])
+    page = write_report(report, tmp_path / "a.html").read_text("utf-8")
+    assert "<p>one.</p>" in page
+    assert "<p>two.</p>" in page

@@ -9,7 +9,7 @@ import pytest
 
 from trimtab.errors import DataError
 from trimtab.records import make_record, write_record
-from trimtab.report import read_report
+from trimtab.report import read_report, write_report
 from trimtab.report.runs import find_runs
 from trimtab.report.sources import load_sources, unique_names
 from trimtab.report.verdict import progress_of
@@ -117,3 +117,79 @@ def test_bad_input_is_named(tmp_path):
         read_report([train_record(), "out"])  # type: ignore[list-item]  # the mistake itself
     with pytest.raises(DataError, match="a log that is no list"):
         read_report([train_record(log={"a": 1})])
+
+
+def test_a_resumed_training_is_held_against_its_own_part(tmp_path):
+    log = [{"step": 10, "loss": 1.0}, {"step": 10, "train_runtime": 20.0, "first_step": 6}]
+    dual = write(tmp_path / "dual", train=train_record(seconds=40.0, log=log))
+    full = write(tmp_path / "full", train=train_record("full", 200.0))
+    report = read_report([dual, full])
+    # 40 seconds for 4 of 10 steps, so for 8 of 20 samples.
+    assert report.verdict.facts["speed"]["time_ratio"] == pytest.approx((40 / 8) / (200 / 20))
+    assert report.verdict.caveats == ("dual: DualSpeed was resumed at step 6: its time is that of the steps after it.",)
+
+
+def test_what_differs_besides_dualspeed_is_told(tmp_path):
+    dual, full = train_record(seed=1), train_record("full", 200.0, seed=2)
+    dual["settings"] |= {"learning_rate": 0.1, "output_dir": "a", "max_steps": 9, "logging_steps": 3}
+    full["settings"] |= {"learning_rate": 0.2, "output_dir": "b", "max_steps": 8, "logging_steps": 1}
+    full["hardware"] = {**full["hardware"], "cpu": "another"}
+    full["versions"] = {**full["versions"], "torch": "0.1"}
+    seeds, settings, machines, versions = read_report([dual, full]).verdict.caveats
+    assert seeds == "The seeds differ: 1 and 2."
+    assert settings == "Settings differ: learning_rate 0.1 against 0.2."
+    assert machines.endswith("against another.")
+    assert versions.endswith("against 0.1.")
+    page = write_report(read_report([dual, full]), tmp_path / "a.html").read_text("utf-8")
+    assert seeds in page
+    assert "against the only run on full tokens, whatever its seed" in page
+    assert read_report([train_record(), train_record("full")]).verdict.caveats == ()
+
+
+def test_the_run_on_full_tokens_with_the_nearest_settings_is_chosen():
+    far, near, dual = train_record("full", 400.0), train_record("full", 200.0), train_record()
+    for record, rate in ((far, 0.2), (near, 0.1), (dual, 0.1)):
+        record["settings"]["learning_rate"] = rate
+    assert read_report([far, near, dual]).verdict.facts["speed"]["time_ratio"] == pytest.approx(0.5)
+
+
+def test_why_there_is_no_pair_is_told():
+    dual, elsewhere, under_way = train_record(), train_record("full"), train_record("full", kind="progress")
+    elsewhere["settings"]["eval_files"] = ["other.jsonl"]
+    under_way["started"] = "2099-01-01T00:00:00+00:00"
+    for others, told in (
+        ([], "There is no run on full tokens"), ([elsewhere], "judged on other data than test"),
+        ([train_record("full", seed=seed) for seed in (1, 2)], "None of the 2 runs on full tokens has its seed"),
+        ([under_way], "once both have ended"),
+    ):  # fmt: skip
+        assert told in read_report([dual, *others]).verdict.lead
+
+
+def test_answers_to_differently_many_questions_are_not_compared(arm):
+    dual, full = arm("dualspeed", 80, 50.0), arm("full", 90, 100.0)
+    assert read_report([dual, full]).verdict.facts["accuracy"]["kept"] == pytest.approx(80 / 90)
+    full["results"]["accuracy_full"] = {**full["results"]["accuracy_full"], "number": 50, "marks": "1" * 45 + "0" * 5}
+    report = read_report([dual, full])
+    assert report.verdict.facts["accuracy"]["kept"] is None
+    assert report.verdict.caveats == ("They were asked differently many questions: 100 and 50.",)
+    assert "questions" not in report.verdict.lead
+
+
+def test_a_slower_training_is_not_called_faster():
+    report = read_report([train_record(seconds=300.0), train_record("full", 200.0)])
+    assert report.verdict.headline == "DualSpeed took 1.50 times the training time."
+    assert report.verdict.tiles[0] == {"value": "0.67 ×", "words": "the speed of training on full tokens: slower"}
+
+
+def test_commands_name_the_settings_that_the_training_really_had():
+    record = {**train_record(), "command": ["trimtab", "train", "--config", "mine.yaml", "--seed", "7"]}
+    record["settings"]["output_dir"] = "out"
+    commands = [one["command"] for one in read_report([record]).verdict.missing]
+    assert "trimtab eval --config out/resolved.yaml" in commands
+    assert all("--config out/resolved.yaml" in command for command in commands)
+
+
+def test_a_directory_that_is_given_by_two_names_counts_once(tmp_path):
+    place = write(tmp_path / "out", train=train_record())
+    (tmp_path / "link").symlink_to(place)
+    assert len(read_report([place, tmp_path / "link"]).runs) == 1

@@ -101,3 +101,17 @@ def test_a_log_that_is_none_is_empty(entries):
 @pytest.mark.parametrize("value", [None, True, "1", [], float("nan"), float("inf"), 10**400])
 def test_what_is_no_number_is_none(value):
     assert number_of(value) is None
+
+
+def test_entries_of_a_trainer_whose_steps_had_one_mode_are_of_that_mode():
+    tokens = {"visual_tokens_full": 64.0, "visual_tokens_kept": 16.0}
+    entries = [
+        {"step": 10, "loss": 1.0, "slow_share": 0.0, "seconds_fast": 0.1, "seconds_data": 0.02, **tokens},
+        {"step": 20, "loss": 1.0, "slow_share": 0.1, "seconds_fast": 0.1, "seconds_slow": 0.3, **tokens},
+        {"step": 30, "loss": 1.0, "slow_share": 1.0, "seconds_slow": 0.3, **tokens},
+        {"step": 30, "train_runtime": 9.0, "first_step": 10},
+    ]
+    log = read_log(entries, "dualspeed")
+    assert {mode: one.steps.tolist() for mode, one in log.after.items()} == {"fast": [10], "slow": [30], "mixed": [20]}
+    assert {mode: len(one) for mode, one in log.seconds.items()} == {"fast": 2, "slow": 2, "data": 1}
+    assert (log.first_step, log.per_step) == (10, False)

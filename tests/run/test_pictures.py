@@ -82,6 +82,14 @@ def test_plain_training_draws_nothing(make_config: Make, tmp_path: Path) -> None
     assert not (tmp_path / "out" / PICTURES_FILE).exists()
 
 
+def test_evaluation_of_plain_training_draws_nothing_whatever_the_run_file_says(
+    make_config: Make, tmp_path: Path
+) -> None:
+    train(make_config(dualspeed=False, max_steps=1))
+    evaluate(make_config(), tmp_path / "out", limit=1)
+    assert not (tmp_path / "out" / PICTURES_FILE).exists()
+
+
 def test_evaluation_draws_with_the_settings_of_the_training(trained_copy: Path, make_config: Make) -> None:
     before = entries_of(trained_copy)
     (trained_copy / PICTURES_FILE).unlink()

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib
 import pytest
 from transformers import TrainerCallback
 
@@ -138,10 +139,32 @@ def test_a_report_that_cannot_be_written_is_one_warning(
         raise OutputError("the disk is full")
 
     monkeypatch.setattr(report_every, "render_report", fail)
+    monkeypatch.setattr(report_every, "render_aside", fail)
     record = train(make_config(report_every=1))
     assert record["results"]["steps"] == 4
     told = [one.getMessage() for one in caplog.records if "report cannot be written" in one.getMessage()]
     assert told == ["The report cannot be written (OutputError: the disk is full)."]
+
+
+def test_the_page_is_drawn_outside_the_process_that_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def here(*_: Any, **__: Any) -> None:
+        raise AssertionError("matplotlib's settings are those of the whole process, and the user may draw in it")
+
+    monkeypatch.setattr(matplotlib, "rc_context", here)
+    facts = {"arm": "full", "samples": 2}
+    report = ReportEvery(1, tmp_path, {"data_files": ["a.jsonl"]}, lambda: facts)
+    log = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+    report.on_step_end(SimpleNamespace(seed=0), _state(2, log_history=log), None)
+    report.on_train_end(None, None, None)
+    assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not caplog.records
+    (tmp_path / "records" / "broken.json").write_text("{")
+    report.on_step_end(SimpleNamespace(seed=0), _state(3), None)
+    report.on_train_end(None, None, None)
+    assert "broken.json is not whole JSON" in caplog.text
+    assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8"), "the page before it stays"
 
 
 def test_only_the_first_process_writes(tmp_path: Path) -> None:
@@ -158,7 +181,7 @@ def test_a_report_that_is_due_while_one_is_written_is_left_out(tmp_path: Path, m
         going.wait(30)
         written.append(json.loads((tmp_path / PROGRESS_FILE).read_text(encoding="utf-8"))["results"]["steps"])
 
-    monkeypatch.setattr(report_every, "render_report", slow)
+    monkeypatch.setattr(report_every, "render_aside", slow)
     report = ReportEvery(1, tmp_path, {})
     for step in (1, 2, 3):
         report.on_step_end(SimpleNamespace(seed=0), _state(step), None)

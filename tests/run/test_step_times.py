@@ -89,3 +89,15 @@ def test_the_record_of_a_training_has_them(tmp_path: Any, block: dict[str, Any] 
     names = {name for entry in log for name in entry if name.startswith("seconds")}
     assert names == {"seconds_data", *(("seconds_fast", "seconds_slow") if block else ("seconds",))}
     assert all(entry[name] > 0 for entry in log for name in entry if name in names)
+
+
+def test_a_resumed_training_says_where_its_time_begins(clock: Clock) -> None:
+    for begin, told in ((0, {}), (30, {"first_step": 30})):
+        times, state = StepTimes(), SimpleNamespace(log_history=[], global_step=begin)
+        times.on_train_begin(ARGS, state, None)
+        step(times, clock, state, 1.0, 0.0)
+        assert logged(times, state) == {"loss": 1.0, "seconds": 1.0}
+        end = {"train_runtime": 1.0}
+        state.log_history.append(dict(end))
+        times.on_log(ARGS, state, None, logs=end)
+        assert state.log_history[-1] == end == {"train_runtime": 1.0, **told}

@@ -75,6 +75,20 @@ def test_every_pruner_is_offered_and_those_that_read_twice(desk: Desk) -> None:
     assert all(choice.reason is None for choice in desk.choices)
 
 
+def test_loading_draws_no_bar_into_a_pipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        load(str(folder))
+        assert logging.is_progress_bar_enabled(), "put back"
+    finally:
+        if not before:
+            logging.disable_progress_bar()
+    assert "Loading weights" not in capsys.readouterr().err
+
+
 def test_without_a_model_the_reasons_are_given() -> None:
     reasons = {choice.label: choice.reason for choice in Desk().choices}
     assert reasons["divprune"] is None

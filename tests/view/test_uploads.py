@@ -71,6 +71,19 @@ def test_decompression_bombs_are_refused_by_what_they_claim(side: int, tmp_path:
         keep_image(claiming(side, side), "a.png", tmp_path)
 
 
+@pytest.mark.parametrize("size", [(1, 50), (50, 1), (100, 2)])
+def test_a_long_image_is_taken(size: tuple[int, int], tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", size).save(stream, format="PNG")
+    assert open_kept(keep_image(stream.getvalue(), "a.png", tmp_path)).size == size
+
+
+@pytest.mark.parametrize("size", [(1, 51), (3000, 1)])
+def test_an_image_that_models_would_enlarge_beyond_memory_is_refused(size: tuple[int, int], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"sides of {size[0]:,} and {size[1]:,} pixels, .* at most 50 times as long"):
+        keep_image(claiming(*size), "a.png", tmp_path)
+
+
 def test_a_file_above_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uploads, "MAX_BYTES", len(encoded("PNG")))
     keep_image(encoded("PNG"), "a.png", tmp_path)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import httpx
@@ -82,16 +83,56 @@ def test_settings_of_gradio_in_the_environment_are_put_back(monkeypatch: pytest.
     assert "GRADIO_TEMP_DIR" not in os.environ
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_while_a_model_loads_leaves_no_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(signal, name):
+        pytest.skip("no such signal on this system")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found: list[Path] = []
+
+    def loading(*arguments: object) -> None:
+        found.extend(tmp_path.iterdir())
+        signal.raise_signal(getattr(signal, name))
+
+    monkeypatch.setattr(module, "_application", loading)
+    before = signal.getsignal(getattr(signal, name))
+    with pytest.raises(SystemExit) as ended:
+        serve()
+    assert ended.value.code == 143
+    assert len(found) == 1
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(getattr(signal, name)) is before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminal hangs up on this system")
+def test_nohup_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with module._ending_on_terminate():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 0), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+    ("name", "code"),
+    [
+        ("SIGINT", 0),
+        pytest.param("SIGTERM", 143, marks=pytest.mark.slow),
+        pytest.param("SIGHUP", 143, marks=pytest.mark.slow),
+    ],
 )
-def test_it_ends_cleanly_and_its_folder_with_it(number: int, code: int, tmp_path: Path) -> None:
+def test_it_ends_cleanly_and_its_folder_with_it(name: str, code: int, tmp_path: Path) -> None:
+    if not hasattr(signal, name):
+        pytest.skip("no such signal on this system")
     with serving(tmp_path) as served:
         folder = served.folder
         assert folder.is_dir()
         with httpx.stream("GET", f"{served.url}gradio_api/heartbeat/x", trust_env=False, timeout=30) as open_one:
             assert open_one.status_code == 200
-            served.process.send_signal(number)
+            served.process.send_signal(getattr(signal, name))
             assert served.process.wait(timeout=30) == code
     told = (tmp_path / "told.txt").read_text()
     assert "Traceback" not in told
@@ -150,8 +191,9 @@ def test_messages_that_no_page_would_send_are_told(served: Served) -> None:
     assert "must be a list" in served.client.show(image, "divprune")  # type: ignore[arg-type]
     assert "must be a number" in served.client.show(image, ["divprune"], "much")  # type: ignore[arg-type]
     assert "no pruner" in served.client.show(image, ["nonsense"])
-    with pytest.raises(SettingError, match="could not do it"):
+    with pytest.raises(SettingError, match="could not do it") as told:
         served.client.show({"path": image["path"], "meta": 3}, ["divprune"])
+    assert "object has no attribute" not in str(told.value), "messages of Gradio and of Python stay in the terminal"
 
 
 def test_a_picture_that_is_gone_is_told(served: Served) -> None:

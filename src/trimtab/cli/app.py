@@ -72,6 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         print(f"trimtab: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # typer turns Ctrl-C into this, without a word
+            print("trimtab: interrupted.", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         print("trimtab: interrupted.", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -64,6 +64,7 @@ def training_view(stream: IO[str], open_things: ExitStack) -> TrainView:
             if not self.lines:
                 self.bar = open_things.enter_context(ExitStack())
                 self.bar.enter_context(live(self.draw, stream))
+                open_things.callback(self._close)  # an error or Ctrl-C is no reason to say "training" for ever
 
         def step(self, figures: Figures) -> None:
             self.figures = figures

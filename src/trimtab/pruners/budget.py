@@ -12,9 +12,9 @@ RULES = ("floor", "round", "ceil", "released")
 def kept_count(tokens: int, keep_ratio: float | int, rule: str = "floor") -> int:
     """Return how many of `tokens` visual tokens a keep ratio leaves.
 
-    The sources differ: the released DualSpeed code takes ``int((1 - 0.9) * 576)``, which is 57 because
-    ``1 - 0.9`` is a little under 0.1; vbdi/divprune rounds. ``"floor"`` forgives float error and gives 57,
-    and 1 of 10 where the released rule gives 0.
+    The sources differ: the released DualSpeed code takes ``int((1 - 0.9) * N)``, and ``1 - 0.9`` is a little under
+    0.1, so that 10 tokens give 0 and 2,880 give 287; vbdi/divprune rounds. ``"floor"`` forgives float error and gives
+    1 and 288. Of 576 both keep 57.
 
     Args:
         tokens: Visual tokens of one image, at least 1.

@@ -68,8 +68,7 @@ def train_arm(
     steps = steps or task.steps
     began = time.perf_counter()
     trainer = _make_trainer(task, arm, seed, start, folder, steps, save_every, data(), progress, told)
-    last = last_checkpoint(folder)
-    _forget_steps(folder, last)
+    last = _resume_point(folder, last_checkpoint(folder))
     with JsonLines(folder / STEP_LOG) as trainer.log_lines:
         train_from(trainer, last)
     trainer.save_model(str(folder / "model"))
@@ -261,12 +260,20 @@ class StepLog(TrainerCallback):  # type: ignore[misc]
         }
 
 
-def _forget_steps(folder: Path, last: Path | None) -> None:
-    """Drop the lines of steps that a run resumed from a checkpoint takes again."""
+def _resume_point(folder: Path, last: Path | None) -> Path | None:
+    """Drop the lines of steps that a run resumed from a checkpoint takes again, and return that checkpoint.
+
+    Where the log lacks steps before it, their times stand nowhere else: the arm begins anew.
+    """
     path = folder / STEP_LOG
-    if not path.exists():
-        return
     reached = 0 if last is None else step_of(last) or 0
-    kept = [entry for entry in read_json_lines(path) if entry["step"] <= reached]
-    # Whole or not at all: the time of the steps before stands nowhere else.
-    write_text_atomic(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
+    entries = read_json_lines(path) if path.exists() else []
+    kept = [entry for entry in entries if entry["step"] <= reached]
+    if len(kept) != reached:
+        kept, last = [], None
+        for checkpoint in folder.glob("checkpoint-*"):
+            clear_folder(checkpoint)
+    if path.exists():
+        # Whole or not at all, for the same reason.
+        write_text_atomic(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
+    return last

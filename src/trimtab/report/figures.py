@@ -31,13 +31,15 @@ MOST_BANDS = 4
 """So many lines at most have bands; more would hide each other."""
 
 _PARTS = {"full": "steps on full tokens", "fast": "fast steps", "slow": "slow steps", "mixed": "steps of both modes"}
+_WAIT = "waiting for data"
+_REST = "the rest: start, saving, evaluation"
 _PART_COLORS = {
     "steps on full tokens": MODE_COLORS["full"], "fast steps": MODE_COLORS["fast"], "slow steps": MODE_COLORS["slow"],
-    "steps of both modes": RUN_COLORS[3], "the rest: data, saving, start": REST_COLOR,
+    "steps of both modes": RUN_COLORS[3], _WAIT: RUN_COLORS[4], _REST: REST_COLOR,
 }  # fmt: skip
-_BAND = "Lines are medians of stretches of steps, bands reach from the lowest to the highest step of each stretch."
+_BAND = "Lines are medians of stretches of the log, bands reach from the lowest to the highest entry of each stretch."
 _NO_BAND = (
-    "Lines are medians of stretches of steps; the lowest and the highest step of each line are among the numbers."
+    "Lines are medians of stretches of the log; the lowest and the highest entry of each line are among the numbers."
 )
 
 
@@ -125,7 +127,7 @@ def step_figures(runs: Sequence[Run], dataset: str) -> list[Figure]:
         (_words(run, mode), _color(run, mode), run, one)
         for run in chosen(runs)
         for mode, one in run.log.seconds.items()
-        if mode in _PARTS
+        if mode in _PARTS or mode == "data"
     ]
     figures = []
     if timed:
@@ -138,11 +140,12 @@ def step_figures(runs: Sequence[Run], dataset: str) -> list[Figure]:
             told = (*ends, float(ms.max()))
             cells.append((words, f"{len(one):,}", *(f"{value:.4g}" for value in told)))
         finding = "; ".join(f"{box.label}: median {box.middle:.4g} ms" for box in boxes)
-        columns = ("Steps", "Number", "5\N{NO-BREAK SPACE}% below", "25\N{NO-BREAK SPACE}%", "Median",
+        columns = ("Steps", "Values", "5\N{NO-BREAK SPACE}% below", "25\N{NO-BREAK SPACE}%", "Median",
                    "75\N{NO-BREAK SPACE}%", "95\N{NO-BREAK SPACE}%", "Longest")  # fmt: skip
         figures.append(Figure(
             "Time per training step, by mode", box_chart(boxes, f"Step time on {dataset}", unit=" ms", finding=finding),
-            "Milliseconds. Upright mark: median; box: middle half; line: from 5 to 95\N{NO-BREAK SPACE}% of the steps.",
+            "Milliseconds per step. Upright mark: median; box: middle half; line: from 5 to 95\N{NO-BREAK SPACE}% of "
+            f"the values. {_values_note([run for _, _, run, _ in timed])}",
             Table(f"Numbers: milliseconds per step on {dataset}", columns, cells),
             commands_of_runs([run for _, _, run, _ in timed]),
         ))  # fmt: skip
@@ -160,8 +163,10 @@ def time_parts(run: Run) -> dict[str, float]:
     timed = sum(len(one) for mode, one in run.log.seconds.items() if mode in _PARTS)
     if not parts or (run.steps and timed < run.steps):
         return {}
+    if "data" in run.log.seconds:
+        parts[_WAIT] = float(run.log.seconds["data"].values.sum())
     rest = run.seconds - sum(parts.values())
-    return {**parts, "the rest: data, saving, start": rest} if rest > 0.005 * run.seconds else parts
+    return {**parts, _REST: rest} if rest > 0.005 * run.seconds else parts
 
 
 def token_figure(runs: Sequence[Run], dataset: str) -> Figure | None:
@@ -250,7 +255,7 @@ def _spent_figure(spent: Mapping[str, Mapping[str, float]], runs: Sequence[Run],
     return Figure(
         "Where the time of training went",
         stack_chart(drawn, _PART_COLORS, f"Time of training on {dataset}", unit=" s", finding=finding),
-        "Seconds. A step's time holds its data, except where the rest is told.",
+        "Seconds. A step's time holds the wait for its data, except where that stands by itself.",
         Table(
             f"Numbers: seconds of training on {dataset}",
             ("Run", *(part.capitalize() for part in parts), "In all"),
@@ -272,12 +277,25 @@ def _merged(run: Run) -> Series | None:
 
 
 def _words(run: Run, mode: str) -> str:
+    if mode == "data":
+        return f"{run.name}, wait for data"
     plain = mode == "full" or (run.arm == "pruned" and mode == "fast")
     told = "all steps" if mode == "mixed" else mode
     return run.name if plain and len(run.log.loss) < 2 else f"{run.name}, {told}"
 
 
+def _values_note(runs: Sequence[Run]) -> str:
+    """Return of what the times are, in words: of single steps, or of means between two entries of a log."""
+    means = list(dict.fromkeys(run.name for run in runs if not run.log.per_step))
+    if not means:
+        return "A value is one step."
+    whose = "" if len(means) == len({run.name for run in runs}) else f" of {', '.join(means)}"
+    return f"A value{whose} is the mean over the steps between two entries of the log."
+
+
 def _color(run: Run, mode: str) -> str:
+    if mode == "data":
+        return RUN_COLORS[4]
     if run.arm.startswith("dualspeed"):
         return MODE_COLORS.get(mode, RUN_COLORS[3])
     return rows.color_of(run.arm, [run.arm])

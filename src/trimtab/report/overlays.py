@@ -45,14 +45,19 @@ class Overlay:
     cells: str = ""
 
 
-def overlays_of(records: Sequence[Record]) -> tuple[list[Overlay], int]:
-    """Return the pictures of all records and how many are left out: those that are too many, broken or foreign."""
+def overlays_of(records: Sequence[Record], places: Sequence[str] = ()) -> tuple[list[Overlay], int]:
+    """Return the pictures of all records and how many are left out: those that are too many, broken or foreign.
+
+    Args:
+        records: Records of any kinds.
+        places: Where each record was found, for the words below its pictures; empty where all are of one place.
+    """
     shown: list[Overlay] = []
     left_out, size = 0, 0
-    for record in records:
+    for record, place in zip(records, places or [""] * len(records), strict=True):
         pictures = record["results"].get("pictures") if record["kind"] == "pictures" else None
         for entry in pictures if isinstance(pictures, list) else []:
-            overlay = _overlay(entry) if isinstance(entry, Mapping) else None
+            overlay = _overlay(entry, place) if isinstance(entry, Mapping) else None
             if overlay is None or size + len(overlay.address) > MOST_BYTES:
                 left_out += 1
                 continue
@@ -61,12 +66,12 @@ def overlays_of(records: Sequence[Record]) -> tuple[list[Overlay], int]:
     return shown, left_out
 
 
-def _overlay(entry: Mapping[str, Any]) -> Overlay | None:
+def _overlay(entry: Mapping[str, Any], place: str) -> Overlay | None:
     caption = str(entry.get("caption", ""))
     if "png_base64" in entry:
         address = _address("image/png", entry["png_base64"])
         spoken = f"Kept patches are framed, others shaded. {caption}"
-        return None if address is None else Overlay(address, 0, 0, caption, "", spoken)
+        return None if address is None else Overlay(address, 0, 0, caption, place, spoken)
     address = _address(entry.get("media_type"), entry.get("image"))
     width, height = number_of(entry.get("width")), number_of(entry.get("height"))
     if address is None or not width or not height or width < 0 or height < 0:
@@ -74,7 +79,7 @@ def _overlay(entry: Mapping[str, Any]) -> Overlay | None:
     parts = [part for part in entry.get("parts") or [] if _sound(part)]
     if len(parts) != len(entry.get("parts") or []):
         return None
-    facts = _facts(entry, parts)
+    facts = f"{f'{place}: ' * bool(place)}{_facts(entry, parts)}"
     return Overlay(
         address=address, width=width, height=height, caption=caption, facts=facts,
         spoken=f"{caption}. {facts}. {_where(parts, width, height)}".strip(),

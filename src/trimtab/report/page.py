@@ -52,6 +52,7 @@ class Report:
             "headline": self.verdict.headline,
             **self.verdict.facts,
             "missing": [dict(one) for one in self.verdict.missing],
+            "caveats": list(self.verdict.caveats),
             "runs": [_told(run) for run in self.runs],
             "records": len(self.records),
             "command": report_command(self.sources) or None,
@@ -106,15 +107,18 @@ def write_report(report: Report, out_path: str | os.PathLike[str], *, title: str
     Raises:
         OutputError: The page cannot be written, or something that is no page would be lost.
     """
-    overlays, left_out = overlays_of(report.records)
+    places = [source.name for source in report.sources for _ in source.records] if len(report.sources) > 1 else []
+    overlays, left_out = overlays_of(report.records, places)
     differ, alike = tables.settings_tables(report.runs) if report.runs else (None, None)
-    running = any(run.running for run in report.runs)
+    moving = report.verdict.facts["running"]
+    as_of = max((one["written"] for one in moving if one["written"]), default="")
     return write_page(
         "page.html", out_path, report.records, page_title=title, verdict=report.verdict,
         sections=_sections(report), overlays=overlays, left_out=left_out,
         picture_commands=commands_of(record for record in report.records if record["kind"] == "pictures"),
         conditions=[table for table in (differ, alike, tables.machine_table(report.records)) if table is not None],
-        page_command=report_command(report.sources), reload=RELOAD_SECONDS if running else None,
+        page_command=report_command(report.sources), reload=RELOAD_SECONDS if moving else None,
+        as_of=as_of.replace("T", " ").replace("+00:00", " UTC"),
     )  # fmt: skip
 
 

@@ -15,6 +15,13 @@ from trimtab.report.rows import Record
 from trimtab.report.series import Log, number_of, read_log
 from trimtab.report.sources import Source
 
+_IMMATERIAL = (
+    "arm", "name", "output_dir", "seed", "steps", "max_steps", "num_train_epochs", "logging_steps", "logging_strategy",
+    "logging_first_step", "save_steps", "save_strategy", "save_total_limit", "eval_strategy", "eval_steps",
+    "disable_tqdm", "report_to", "run_name", *rows.COMPUTED,
+)  # fmt: skip
+"""Settings that change neither weights nor the time per sample; seed and steps are told by themselves."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -88,8 +95,14 @@ class Run:
 
     @property
     def pace(self) -> float | None:
-        """Seconds per sample."""
-        return self.seconds / self.samples if self.seconds and self.samples else None
+        """Seconds per sample, of a resumed training those of its last part."""
+        share = 1 - self.first_step / self.steps if self.first_step and self.steps else 1.0
+        return self.seconds / (self.samples * share) if self.seconds and self.samples and share > 0 else None
+
+    @property
+    def first_step(self) -> int:
+        """The step at which the part of the training began that its seconds tell of; 0 for all of it."""
+        return _whole(self.results.get("first_step")) or self.log.first_step
 
     @property
     def own_peak(self) -> float | None:
@@ -120,15 +133,28 @@ def by_dataset(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def full_run_of(run: Run, runs: Sequence[Run]) -> Run | None:
-    """Return the finished run on full tokens that a run is held against: of its seed and directory where there is one.
+    """Return the finished run on full tokens that a run is held against.
 
-    Seeds are not mixed where any other run has one of the same seed: then there is nothing to compare with.
+    Of several of its seed it is the one whose settings are nearest, then one of its directory. A single one of another
+    seed will do, and `trimtab.report.caveats` says so; of several of other seeds none.
     """
     full = [one for one in runs if one.arm == "full" and one.dataset == run.dataset and not one.running]
     same_seed = [one for one in full if one.seed == run.seed]
     if same_seed:
-        return next((one for one in same_seed if one.source == run.source), same_seed[0])
+        return min(same_seed, key=lambda one: (_far(one, run), one.source != run.source))
     return full[0] if len(full) == 1 else None
+
+
+def outside_settings(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return as words what a training was set to besides DualSpeed, as far as it can change its weights or its time."""
+    chosen = {name: value for name, value in settings.items() if name != "dualspeed" and name not in _IMMATERIAL}
+    return rows.flat_settings(chosen)
+
+
+def _far(one: Run, other: Run) -> int:
+    """Return in how many settings besides DualSpeed two runs differ."""
+    ours, theirs = outside_settings(one.settings), outside_settings(other.settings)
+    return sum(ours.get(name) != theirs.get(name) for name in {**ours, **theirs})
 
 
 def _runs_of(source: Source) -> list[Run]:

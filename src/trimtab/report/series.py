@@ -72,6 +72,7 @@ class Log:
         after: Visual tokens after pruning, by mode.
         per_step: Whether there is an entry for every step, so that times add up.
         gaps: How many entries have a loss that is no number.
+        first_step: The step at which a resumed training went on, where the log says so; 0 for the beginning.
     """
 
     loss: dict[str, Series] = field(default_factory=dict)
@@ -82,6 +83,7 @@ class Log:
     after: dict[str, Series] = field(default_factory=dict)
     per_step: bool = False
     gaps: int = 0
+    first_step: int = 0
 
 
 def read_log(entries: Any, arm: str) -> Log:
@@ -92,7 +94,7 @@ def read_log(entries: Any, arm: str) -> Log:
         arm: Name of the arm, which says what steps without a mode are.
     """
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    gaps = 0
+    gaps, first_step = 0, 0
     places: list[float] = []
     for entry in entries if isinstance(entries, list) else []:
         step = number_of(entry.get("step")) if isinstance(entry, Mapping) else None
@@ -106,6 +108,7 @@ def read_log(entries: Any, arm: str) -> Log:
         losses = [value for (kind, _), value in values.items() if kind == "loss"]
         gaps += bool(losses) and all(value is None for value in losses)
         places += [step] if losses else []
+        first_step = round(number_of(entry.get("first_step")) or first_step)
     series = {key: _series(points) for key, points in found.items()}
     return Log(
         loss=_by_mode(series, "loss"),
@@ -116,6 +119,7 @@ def read_log(entries: Any, arm: str) -> Log:
         after=_by_mode(series, "after"),
         per_step=len(places) > 1 and places[-1] - places[0] == len(places) - 1,
         gaps=gaps,
+        first_step=first_step,
     )
 
 
@@ -162,7 +166,11 @@ def _mode(entry: Mapping[str, Any], arm: str) -> str:
     mode = entry.get("mode")
     if mode in MODES:
         return str(mode)
-    return "full" if arm.startswith("full") else "mixed"
+    if arm.startswith("full"):
+        return "full"
+    # A Trainer's entry tells of the steps since the last one, which may all have been of one mode.
+    share = number_of(entry.get("slow_share"))
+    return {0.0: "fast", 1.0: "slow"}.get(share, "mixed") if share is not None else "mixed"
 
 
 def _values(entry: Mapping[str, Any], mode: str) -> Iterable[tuple[tuple[str, str], float | None]]:

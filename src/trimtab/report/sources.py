@@ -48,9 +48,9 @@ def load_sources(given: Given) -> list[Source]:
     found: dict[Path, Path] = {}
     for path in paths:
         place = Path(os.path.abspath(path))
-        found.setdefault(_named(place), place)
+        found.setdefault(Path(os.path.realpath(_named(place))), place)
     places = list(found.values())
-    names = unique_names(list(found))
+    names = unique_names([_named(place) for place in places])
     return [
         Source(name, portable_path(str(place)), tuple(rows.load(read_records(place))))
         for name, place in zip(names, places, strict=True)

@@ -146,7 +146,12 @@ def _note(runs: Sequence[Run], floor: Mapping[str, float]) -> str:
     told = []
     if any(run.accuracy is not None for run in runs):
         told.append("Small figures: 95\N{NO-BREAK SPACE}% intervals over questions (kept: paired bootstrap).")
-    told.append("Time: whole training, no evaluation; its ratio is taken against full tokens of the same seed.")
+    mixed = any((full := full_run_of(run, runs)) is not None and full.seed != run.seed for run in runs)
+    against = "the only run on full tokens, whatever its seed" if mixed else "full tokens of the same seed"
+    told.append(f"Time: the training without the questions asked after it; its ratio is taken against {against}.")
+    resumed = [run.name for run in runs if run.first_step]
+    if resumed:
+        told.append(f"Time since the last start only, and ratio for that part: {', '.join(resumed)}.")
     if any(run.peak and not run.own_peak for run in runs):
         told.append("*\N{NO-BREAK SPACE}Peak of the process that trained, which may have done other work before.")
     if floor:

@@ -20,7 +20,7 @@ def tiles_of(
         dual: The DualSpeed run that the page is about, or None.
         floors: What a model that does not see would reach, by words, by data set.
     """
-    makers = (_progress_tile, _speed_tile, _accuracy_tile, _memory_tile, _tokens_tile)
+    makers = (_progress_tile, _speed_tile, _accuracy_tile, _memory_tile, _step_tile, _tokens_tile)
     tiles: list[Mapping[str, str]] = [tile for make in makers if (tile := make(facts)) is not None]
     if dual is not None:
         pruned = next(
@@ -55,13 +55,26 @@ def _speed_tile(facts: Mapping[str, Any]) -> dict[str, str] | None:
     if speed:
         spread = f" (time ratio {speed['time_ratio']:.2f} ± {speed['spread']:.2f})" if speed["spread"] else ""
         per_sample = "" if speed["same_samples"] else " per sample"
-        words = f"faster training{per_sample} than on full tokens, measured in this run{spread}"
+        if speed["times_faster"] < 1:
+            words = f"the speed of training{per_sample} on full tokens: slower{spread}"
+        else:
+            words = f"faster training{per_sample} than on full tokens{spread}"
         return {"value": f"{speed['times_faster']:.2f} ×", "words": words}
-    steps = facts["steps"]
-    if steps and steps["fast_of_slow"]:
-        words = f"of the time of a slow step is what a fast one takes ({1000 * steps['fast_seconds']:.3g} ms)"
-        return {"value": f"{steps['fast_of_slow']:.2f}", "words": words}
     return None
+
+
+def _step_tile(facts: Mapping[str, Any]) -> dict[str, str] | None:
+    steps = facts["steps"]
+    if not steps or not steps["fast_of_slow"]:
+        return None
+    fast, slow = (f"{1000 * steps[f'{mode}_seconds']:.3g} ms" for mode in ("fast", "slow"))
+    of_what = "single steps" if steps["single_steps"] else "means between entries of the log"
+    if "fast_of_full" in steps:
+        full = f"{1000 * steps['full_seconds']:.3g} ms"
+        words = f"is the time of a fast step over that of one on full tokens: {fast} to {full}; a slow one takes {slow}"
+        return {"value": f"{steps['fast_of_full']:.2f}", "words": f"{words} (medians of {of_what})"}
+    words = f"is the time of a fast step over that of a slow one: {fast} to {slow} (medians of {of_what})"
+    return {"value": f"{steps['fast_of_slow']:.2f}", "words": words}
 
 
 def _accuracy_tile(facts: Mapping[str, Any]) -> dict[str, str] | None:
@@ -87,6 +100,10 @@ def _memory_tile(facts: Mapping[str, Any]) -> dict[str, str] | None:
     if "ratio" in found:
         words = f"of the peak memory of full tokens ({found['dualspeed_mib']:,.0f} of {found['full_mib']:,.0f} MiB)"
         words += ", each of its whole process" if found["of_processes"] else ""
+        if "fast_mib" in found:
+            set_by = ", set by its slow steps" if found.get("slow_mib", 0.0) > found["fast_mib"] else ""
+            words += f"{set_by}; a fast step alone {found['fast_mib'] / found['full_mib']:.2f}"
+            words += f" ({found['fast_mib']:,.0f} MiB)"
         return {"value": f"{found['ratio']:.2f}", "words": words}
     words = "peak resident memory of a process; not measured for each training by itself"
     return {"value": f"{found['highest_mib']:,.0f} MiB", "words": words}

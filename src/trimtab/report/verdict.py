@@ -7,10 +7,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import PurePath
 from typing import Any
 
 from trimtab.evaluate.compare import compare_accuracy
 from trimtab.report import rows
+from trimtab.report.caveats import caveats_of
 from trimtab.report.runs import Run, by_dataset, full_run_of, mean_ratio
 from trimtab.report.series import Log, number_of
 from trimtab.report.tiles import tiles_of
@@ -48,6 +50,7 @@ class Verdict:
         lead: Sentences below it.
         tiles: Figures with words: ``value`` and ``words``.
         missing: What is not known: ``what``, and the ``command`` that would add it, or empty.
+        caveats: What sets the compared runs apart besides DualSpeed.
         facts: The figures, for programs.
     """
 
@@ -55,6 +58,7 @@ class Verdict:
     lead: str
     tiles: tuple[Mapping[str, str], ...]
     missing: tuple[Mapping[str, str], ...]
+    caveats: tuple[str, ...]
     facts: Mapping[str, Any]
 
 
@@ -70,12 +74,13 @@ def judge(runs: Sequence[Run], floors: Mapping[str, Mapping[str, float]]) -> Ver
     dual = pairs[0].dual if pairs else next((run for run in runs if run.arm.startswith("dualspeed")), None)
     facts = {
         "speed": _speed(pairs), "accuracy": _accuracy(pairs, dual), "memory": _memory(runs, pairs),
-        "steps": _step_times(dual), "tokens": _tokens(dual), "running": [progress_of(run) for run in moving],
+        "steps": _step_times(dual, pairs), "tokens": _tokens(dual), "running": [progress_of(run) for run in moving],
     }  # fmt: skip
     missing = _missing(runs, pairs, dual)
     return Verdict(
         headline=_headline(facts, runs, moving), lead=_lead(pairs, runs, dual),
-        tiles=tuple(tiles_of(facts, runs, dual, floors)), missing=tuple(missing), facts=facts,
+        tiles=tuple(tiles_of(facts, runs, dual, floors)), missing=tuple(missing), caveats=tuple(_caveats(pairs)),
+        facts=facts,
     )  # fmt: skip
 
 
@@ -94,10 +99,15 @@ def comparable_pairs(runs: Sequence[Run]) -> list[Pair]:
 
 
 def kept_share(run: Run, full: Run) -> tuple[float | None, tuple[float, float] | None]:
-    """Return the share of the accuracy on full tokens, with its paired 95 % interval where questions are the same."""
+    """Return the share of the accuracy on full tokens, with its paired 95 % interval where every answer is known.
+
+    Answers to differently many questions are not compared: a share would say nothing about the training.
+    """
     if run.accuracy is None or not full.accuracy:
         return None, None
     ours, theirs = run.judged or {}, full.judged or {}
+    if ours.get("number") != theirs.get("number"):
+        return None, None
     marks = [str(one.get("marks") or "") for one in (ours, theirs)]
     if marks[0] and len(marks[0]) == len(marks[1]) and not set("".join(marks)) - {"0", "1"}:
         found = compare_accuracy(ours, theirs)
@@ -134,6 +144,17 @@ def median_step(log: Log, mode: str) -> float | None:
     """Return the median time of the steps of a mode in seconds."""
     series = log.seconds.get(mode)
     return None if series is None else statistics.median(series.values.tolist())
+
+
+def _caveats(pairs: Sequence[Pair]) -> list[str]:
+    """Return the caveats of all pairs, each once, with the runs that it is about where it is not about all."""
+    told: dict[str, list[str]] = {}
+    for pair in pairs:
+        for sentence in caveats_of(pair.dual, pair.full):
+            told.setdefault(sentence, []).append(pair.dual.name)
+    return [
+        sentence if len(names) == len(pairs) else f"{', '.join(names)}: {sentence}" for sentence, names in told.items()
+    ]
 
 
 def _block(run: Run) -> str:
@@ -175,16 +196,40 @@ def _memory(runs: Sequence[Run], pairs: Sequence[Pair]) -> dict[str, Any] | None
         both = bool(dual.own_peak and full.own_peak)
         if (both or dual.source != full.source) and dual.peak and full.peak:
             ratio = dual.peak / full.peak
-            return {"dualspeed_mib": dual.peak, "full_mib": full.peak, "ratio": ratio, "of_processes": not both}
+            known = {"dualspeed_mib": dual.peak, "full_mib": full.peak, "ratio": ratio, "of_processes": not both}
+            return known | (_memory_by_mode(dual) if both else {})
     peaks = [run.peak for run in runs if run.peak]
     return {"highest_mib": max(peaks)} if peaks else None
 
 
-def _step_times(dual: Run | None) -> dict[str, Any] | None:
+def _memory_by_mode(run: Run) -> dict[str, float]:
+    """Return the peak of fast and of slow steps in MiB, where they were measured by themselves."""
+    memory = run.results.get("memory")
+    steps = memory.get("step_mib") if isinstance(memory, Mapping) else None
+    held = number_of(memory.get("held_mib")) if isinstance(memory, Mapping) else None
+    if held is None or not isinstance(steps, Mapping):
+        return {}
+    peaks = {mode: number_of(steps.get(mode)) for mode in ("fast", "slow")}
+    return {f"{mode}_mib": held + peak for mode, peak in peaks.items() if peak is not None}
+
+
+def _step_times(dual: Run | None, pairs: Sequence[Pair]) -> dict[str, Any] | None:
+    """Return median times of fast and slow steps, and of those on full tokens where they hold equally many samples."""
     fast, slow = (median_step(dual.log, mode) if dual else None for mode in ("fast", "slow"))
-    if fast is None or slow is None:
+    if dual is None or fast is None or slow is None:
         return None
-    return {"fast_seconds": fast, "slow_seconds": slow, "fast_of_slow": fast / slow if slow else None}
+    told = {
+        "fast_seconds": fast, "slow_seconds": slow, "fast_of_slow": fast / slow if slow else None,
+        "single_steps": dual.log.per_step,
+    }  # fmt: skip
+    other = pairs[0].full if pairs else None
+    full = median_step(other.log, "full") if other else None
+    if other is None or not full or not (dual.samples and dual.steps and other.samples and other.steps):
+        return told
+    if dual.samples * other.steps != other.samples * dual.steps:
+        return told
+    single = dual.log.per_step and other.log.per_step
+    return {**told, "full_seconds": full, "fast_of_full": fast / full, "single_steps": single}
 
 
 def _tokens(dual: Run | None) -> dict[str, Any] | None:
@@ -210,13 +255,15 @@ def _headline(facts: Mapping[str, Any], runs: Sequence[Run], moving: Sequence[Ru
         goal = f" of {first['max_steps']:,}" if first["max_steps"] else ""
         return f"Training is under way: step {first['steps']:,}{goal}."
     if speed:
-        told = f"DualSpeed took {speed['time_ratio']:.2f} of the training time"
+        ratio = speed["time_ratio"]
+        told = f"DualSpeed took {ratio:.2f} {'of' if ratio < 1 else 'times'} the training time"
         per_sample = "" if speed["same_samples"] else " per sample"
         kept = accuracy and accuracy["kept"]
         rest = f" and kept {rows.percent(kept)} of the accuracy on full images" if kept else ""
         return f"{told}{per_sample}{rest}."
     if facts["steps"] and facts["steps"]["fast_of_slow"]:
-        return f"A fast step took {facts['steps']['fast_of_slow']:.2f} of the time of a slow one."
+        ratio = facts["steps"]["fast_of_slow"]
+        return f"A fast step took {ratio:.2f} {'of' if ratio < 1 else 'times'} the time of a slow one."
     tokens = facts["tokens"]
     if tokens and tokens["kept_share"]:
         return f"DualSpeed trained on {rows.percent(tokens['kept_share'])} of the visual tokens."
@@ -227,18 +274,39 @@ def _lead(pairs: Sequence[Pair], runs: Sequence[Run], dual: Run | None) -> str:
     if not pairs:
         if not runs:
             return "No training is among these records."
-        return "" if dual is None else "There is no run on full tokens among these records to hold it against."
+        return "" if dual is None else _no_pair(runs, dual)
     dataset = pairs[0].dual.dataset
     peers = [run for run in runs if run.dataset == dataset and not run.running]
     counts = sorted({run.samples for run in peers if run.samples})
     told = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}" if counts else "unknown many"
-    same = "the same " if len(counts) == 1 else ""
-    text = f"{len(peers)} trainings are compared on {dataset}, of {same}{told} samples each."
-    if any(pair.dual.accuracy is not None for pair in pairs):
-        text += " All answer the same questions with every visual token in place."
+    text = f"{len(peers)} trainings are compared on {dataset}, of {told} samples each."
+    judged = [run for run in peers if run.judged]
+    numbers = {number_of((run.judged or {}).get("number")) for run in judged}
+    if len(numbers) == 1 and (number := numbers.pop()):
+        who = "Each" if len(judged) == len(peers) else f"{len(judged)} of them"
+        text += f" {who} answered {number:,.0f} questions with every visual token in place."
+    shown = {id(run) for pair in pairs for run in (pair.dual, pair.full)}
     if len(pairs) > 1:
-        text += f" Figures are means over {len(pairs)} pairs of runs."
+        text += f" Ratios are means over {len(pairs)} pairs of runs."
+    others = sum(run.arm == "dualspeed" and id(run) not in shown for run in runs)
+    if others:
+        more = f"{others} more runs" if others > 1 else "one more run"
+        text += f" They are those of {pairs[0].dual.name}{' and its like' if len(pairs) > 1 else ''}; "
+        text += f"the tables have {more} with DualSpeed."
     return text
+
+
+def _no_pair(runs: Sequence[Run], dual: Run) -> str:
+    """Return why a DualSpeed run is held against none on full tokens."""
+    full = [run for run in runs if run.arm == "full"]
+    alike = [run for run in full if run.dataset == dual.dataset]
+    if not full:
+        return "There is no run on full tokens among these records to hold it against."
+    if not alike:
+        return f"The runs on full tokens among these records are judged on other data than {dual.dataset}."
+    if dual.running or all(run.running for run in alike):
+        return "It is held against the run on full tokens once both have ended."
+    return f"None of the {len(alike)} runs on full tokens has its seed, {dual.seed}, so it is held against none."
 
 
 def _missing(runs: Sequence[Run], pairs: Sequence[Pair], dual: Run | None) -> list[dict[str, str]]:
@@ -248,28 +316,38 @@ def _missing(runs: Sequence[Run], pairs: Sequence[Pair], dual: Run | None) -> li
         told.append({
             "what": "How much faster it was than training on full tokens: train once without DualSpeed, then give both "
             "directories to trimtab report. trimtab bench measures both for a few steps.",
-            "command": f"trimtab train --config {_config(dual)} --dualspeed false --output_dir out-full",
+            "command": _suggested(dual, "train", " --dualspeed false --output_dir out-full"),
         })  # fmt: skip
     bare = [run for run in finished if run.accuracy is None]
     if bare:
         several = f" of {len(bare)} runs" if len(bare) > 1 else ""
         what = f"The accuracy on full images{several}. It needs eval_files in the run file."
-        told.append({"what": what, "command": f"trimtab eval --config {_config(bare[0])}"})
+        told.append({"what": what, "command": _suggested(bare[0], "eval")})
     if dual is not None and not dual.running and not dual.own_peak:
         told.append({
             "what": "The peak memory of fast and slow steps by themselves.",
-            "command": f"trimtab bench --config {_config(dual)} --steps 20",
+            "command": _suggested(dual, "bench", " --steps 20"),
         })  # fmt: skip
     if dual is not None and not dual.running and not dual.log.seconds:
         told.append({
             "what": "The time of fast and slow steps by themselves: their records have no time for every step.",
-            "command": f"trimtab bench --config {_config(dual)} --steps 20",
+            "command": _suggested(dual, "bench", " --steps 20"),
         })  # fmt: skip
     return told
 
 
+def _suggested(run: Run, verb: str, rest: str = "") -> str:
+    """Return a command with the settings of a training; empty where it was none of a run file."""
+    if run.records[0]["kind"] == "arm" and not run.records[0].get("command"):
+        return ""
+    return f"trimtab {verb} --config {_config(run)}{rest}"
+
+
 def _config(run: Run) -> str:
-    """Return the run file that a training was given, as its command names it; else the usual name."""
+    """Return the file with all settings of a training, also those of its command line; else what its command names."""
+    folder = run.settings.get("output_dir")
+    if folder and run.records[0]["kind"] != "arm":
+        return shlex.quote((PurePath(str(folder)) / "resolved.yaml").as_posix())
     words = [str(word) for word in run.records[0].get("command") or []]
     after = words.index("--config") + 1 if "--config" in words else len(words)
     given = words[after : after + 1] or [word for word in words if word.endswith((".yaml", ".yml"))]

@@ -90,7 +90,12 @@ def _trained_settings(config: RunConfig, directory: Path) -> DualSpeedConfig | N
     """Settings that the model was trained with, or those of the run file; None for plain training."""
     from trimtab.dualspeed.inference import saved_settings, settings_folder
 
-    return config.dualspeed if settings_folder(directory) is None else saved_settings(directory)[0]
+    if settings_folder(directory) is not None:
+        return saved_settings(directory)[0]
+    trained = directory / TRAIN_RECORD
+    if trained.is_file() and not read_record(trained)["settings"].get("dualspeed"):
+        return None  # whatever the run file says, the command line said otherwise
+    return config.dualspeed
 
 
 def _first(rows: Any, limit: int | None) -> Any:

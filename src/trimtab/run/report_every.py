@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +15,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from trimtab.errors import OutputError
 from trimtab.records import make_record, write_record
 from trimtab.report import render_report
 
@@ -21,14 +25,42 @@ PROGRESS_FILE = "records/progress.json"
 """The record of a training under way, below the output directory."""
 REPORT_FILE = "report.html"
 
+_RENDER = """
+import sys
+from trimtab.errors import TrimtabError
+from trimtab.report import render_report
+try:
+    render_report(*sys.argv[1:])
+except TrimtabError as error:
+    sys.exit(str(error))
+"""
+
+
+def render_aside(directory: Path) -> None:
+    """Write the page of a directory in a process of its own.
+
+    Raises:
+        OutputError: The process ended with an error; its last line is told.
+    """
+    paths = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", _RENDER, str(directory), str(directory / REPORT_FILE)],
+        env={**os.environ, "PYTHONPATH": paths}, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        errors="replace", check=False, start_new_session=True,  # an interrupt of the training does not reach it
+    )  # fmt: skip
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise OutputError(last)
+
 
 class ReportEvery(TrainerCallback):  # type: ignore[misc]
     """Keeps ``records/progress.json`` and ``report.html`` up to date while a training runs.
 
-    The training loop pays for a copy of the log: record and page are written by a thread beside it, and a report that
-    is due while the last one is being written is left out. What is on the device is not asked for; the losses are those
-    that the Trainer has logged. Only the first process writes. A report that cannot be written is one warning, and the
-    training goes on.
+    The training loop pays for a copy of the log: the record is written by a thread beside it, the page by a process of
+    its own, since the settings of matplotlib belong to the whole process, and the user may draw in it at the same time.
+    A report that is due while the last one is being written is left out. What is on the device is not asked for; the
+    losses are those that the Trainer has logged. Only the first process writes. A report that cannot be written is one
+    warning, and the training goes on.
 
     Args:
         every: Optimizer steps between two reports; 0 for none but the last of `finish`.
@@ -103,7 +135,7 @@ class ReportEvery(TrainerCallback):  # type: ignore[misc]
         def both() -> None:
             record = make_record("progress", self._settings, results, seed=seed, started=self._started, seconds=seconds)
             write_record(self.directory / PROGRESS_FILE, record)
-            self._render()
+            render_aside(self.directory)
 
         self._try(both)
 

@@ -15,7 +15,8 @@ class StepTimes(TrainerCallback):  # type: ignore[misc]
     ``seconds_fast`` and ``seconds_slow`` are those of steps of one mode, ``seconds`` those of plain steps and of steps
     in which both modes meet, ``seconds_data`` is the wait for the next batch. Evaluation and the writing of checkpoints
     are in none of them. On CUDA the times are the device's own, between events that are read when the Trainer logs, so
-    that no step waits for the host.
+    that no step waits for the host. The last entry of a resumed training also has ``first_step``, the step at which it
+    went on: its time is that of this part.
 
     Args:
         handle: That of DualSpeed, or None for plain training.
@@ -27,6 +28,12 @@ class StepTimes(TrainerCallback):  # type: ignore[misc]
         self._start: Any = None
         self._end: Any = None
         self._counts: Mapping[str, int] = {}
+        self._first_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin anew, also where the Trainer does so with smaller batches."""
+        self._spans, self._end = [], None
+        self._first_step = state.global_step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Mark the start of a step, the batch being there."""
@@ -46,7 +53,9 @@ class StepTimes(TrainerCallback):  # type: ignore[misc]
         for name, start, end in self._spans:
             found.setdefault(name, []).append(_seconds(start, end))
         self._spans = []
-        means = {name: round(sum(values) / len(values), 6) for name, values in found.items()}
+        means: dict[str, float] = {name: round(sum(values) / len(values), 6) for name, values in found.items()}
+        if self._first_step and logs is not None and "train_runtime" in logs:
+            means["first_step"] = self._first_step
         if logs is not None:
             logs.update(means)
         if state.log_history:

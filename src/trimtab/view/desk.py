@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from trimtab.evaluate import exact_match
 from trimtab.pruners import PRUNERS, pruner_names
 from trimtab.run.config import RunConfig
 from trimtab.run.load import load_model, load_processor, load_trained
+from trimtab.run.progress import no_other_bars, plain_output
 from trimtab.view.uploads import open_kept
 
 READS = "use_text"
@@ -100,12 +103,13 @@ def load(name: str) -> Trained:
         SettingError: There is no such model.
         UnsupportedModelError: It is no vision-language model of transformers.
     """
-    if not Path(name).is_dir():
-        config = RunConfig(model_name_or_path=name, data_files=["-"], output_dir="-")
-        model, processor = load_model(config).eval(), load_processor(name)
-    else:
-        config = RunConfig(model_name_or_path=name, data_files=["-"], output_dir=name)
-        model, processor = load_trained(name, config)
+    with no_other_bars() if plain_output(sys.stderr) else nullcontext():
+        if not Path(name).is_dir():
+            config = RunConfig(model_name_or_path=name, data_files=["-"], output_dir="-")
+            model, processor = load_model(config).eval(), load_processor(name)
+        else:
+            config = RunConfig(model_name_or_path=name, data_files=["-"], output_dir=name)
+            model, processor = load_trained(name, config)
     if settings_folder(name) is None:
         return Trained(model, processor, DualSpeedConfig(isolator_tokens=0), None)
     settings, folder = saved_settings(name)

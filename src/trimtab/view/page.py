@@ -22,6 +22,10 @@ NO_MODEL = (
     "There is no model: the features of a token are the pixels of its patch (14 by 14 pixels, 576 tokens). A trained "
     "vision tower sees more alike and more unlike things than pixels do. Start with --model to look through one."
 )
+HOW_TO_READ = (
+    "Each cell is one visual token. A pruner keeps a share of them: kept cells are framed, dropped ones lie in the "
+    "dark. The heat map below each picture colours the same cells."
+)
 NO_IMAGE = "Choose an image: drop a file on the field above, or press it."
 
 
@@ -43,7 +47,7 @@ def build_page(desk: Desk, images: Sequence[tuple[str, Path]], title: str) -> An
     # Gradio would check and convert what comes from the controls; what is wrong is told in words here instead.
     quiet: dict[str, Any] = {"preprocess": False, "api_visibility": "private", "show_progress": "hidden"}
     with gr.Blocks(title="trimtab view", analytics_enabled=False) as page:
-        _words(gr, f"<div><h1>Which visual tokens stay</h1><p>{text(title)}</p></div>")
+        _words(gr, f"<div><h1>Which visual tokens stay</h1><p>{text(title)} {text(HOW_TO_READ)}</p></div>")
         if desk.trained is None:
             _words(gr, notice(NO_MODEL))
         with gr.Row():

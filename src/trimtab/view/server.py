@@ -50,12 +50,12 @@ def serve(
     """
     require_gradio()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_ending_on_terminate())  # loading takes long, and the folder is there already
         listening = stack.enter_context(_listen(port))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trimtab-view-"))).resolve()
         stack.enter_context(_gradio_settings(folder))
         token = secrets.token_urlsafe(32)
         server = _server(_application(model, images, folder, token, listening.getsockname()[1]))
-        stack.enter_context(_ending_on_terminate())
         announce(f"http://{LOOPBACK}:{listening.getsockname()[1]}/{token}/")
         server.run(sockets=[listening])
 
@@ -94,7 +94,7 @@ def _mounted(page: Any, token: str) -> Any:
     return gr.mount_gradio_app(
         FastAPI(openapi_url=None, docs_url=None, redoc_url=None), page, path=f"/{token}", server_name=LOOPBACK,
         footer_links=[], run_history=False, allowed_paths=[], max_file_size=MAX_BYTES, ssr_mode=False,
-        enable_monitoring=False, pwa=False, mcp_server=False, css=CSS,
+        show_error=False, enable_monitoring=False, pwa=False, mcp_server=False, css=CSS,
         theme=gr.themes.Base(font=texts, font_mono=codes),
     )  # fmt: skip
 
@@ -185,17 +185,29 @@ def _gradio_settings(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ending_on_terminate() -> Iterator[None]:
-    """Let a request to end (SIGTERM) run what removes the folder; uvicorn hands it on when it has stopped."""
+    """Let a request to end (SIGTERM, or SIGHUP of a terminal that is closed) run what removes the folder.
+
+    While uvicorn runs it takes SIGTERM itself, and hands it on when it has stopped.
+    """
 
     def end(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not stop what the first one began
         raise SystemExit(128 + number)
 
+    def hang_up(number: int, frame: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    wanted: dict[int, Callable[[int, Any], None]] = {signal.SIGTERM: end}
+    hanging_up = getattr(signal, "SIGHUP", None)
+    if hanging_up is not None and signal.getsignal(hanging_up) is not signal.SIG_IGN:  # nohup ignores it
+        wanted[hanging_up] = hang_up
     try:
-        before = signal.signal(signal.SIGTERM, end)
+        before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
     except ValueError:  # not in the main thread, where no signal comes
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

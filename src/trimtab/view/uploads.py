@@ -21,6 +21,9 @@ MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 50_000_000
 """Largest number of pixels; a small file can claim many more than memory holds."""
 
+MAX_SHAPE = 50
+"""How many times as long as the other a side may be: models enlarge the short side, and the long one with it."""
+
 
 def keep_image(data: bytes, name: str, folder: Path) -> Path:
     """Check that a file is an image, and keep it in a folder.
@@ -37,7 +40,7 @@ def keep_image(data: bytes, name: str, folder: Path) -> Path:
         The file.
 
     Raises:
-        DataError: It is too large, of another format, broken, or has too many pixels.
+        DataError: It is too large, too long, of another format, broken, or has too many pixels.
     """
     if len(data) > MAX_BYTES:
         raise DataError(f"{name} is larger than {MAX_BYTES // 2**20} MiB. Make it smaller.")
@@ -76,6 +79,11 @@ def _checked_format(data: bytes, name: str) -> str:
     with opened:
         if opened.width * opened.height > MAX_PIXELS:
             raise DataError(_too_many(name))
+        if max(opened.size) > MAX_SHAPE * min(opened.size):
+            raise DataError(
+                f"{name} has sides of {opened.width:,} and {opened.height:,} pixels, but one may be at most "
+                f"{MAX_SHAPE} times as long as the other. Crop it."
+            )
         kind = str(opened.format)
         try:
             open_image(opened)
