@@ -68,6 +68,18 @@ def test_the_page_tells_means_spreads_and_words(sweep, arm, tmp_path):
     assert "script" not in page.tags
 
 
+def test_times_that_say_nothing_are_left_out(sweep, tmp_path):
+    source = render_experiment(sweep, tmp_path / "a.html", untimed=("dualspeed",)).read_text(encoding="utf-8")
+    page = Page(source)
+    assert "DualSpeed 2 81.0 ± 7.1 % 71.0 ± 7.1 % – – 95.3 ± 0.4 % 200" in page.text
+    assert "40 s" in page.text
+    drawing = source[source.index("Accuracy against training time") :]
+    assert "DualSpeed" not in drawing[: drawing.index("</figure>")].replace("DualSpeed, no isolator", "")
+    everything = {record["results"]["arm"] for record in sweep}
+    none = render_experiment(sweep, tmp_path / "b.html", untimed=everything).read_text(encoding="utf-8")
+    assert "Accuracy against training time" not in none
+
+
 def test_a_curve_over_time_is_drawn_with_the_end_of_training(arm, tmp_path):
     slow = arm("full", 90, 100.0)
     slow["results"]["curve"] = [{"seconds": 20, "accuracy": 0.4}, {"seconds": 50, "accuracy": 0.7}]

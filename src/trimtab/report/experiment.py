@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ def render_experiment(
     *,
     title: str = "DualSpeed: arms, seeds, settings",
     paragraphs: Sequence[str] = (),
+    untimed: Collection[str] = (),
 ) -> Path:
     """Write the page of an experiment: one HTML file with everything inside, without scripts or outside sources.
 
@@ -55,6 +56,7 @@ def render_experiment(
         out_path: The HTML file.
         title: Main line and name of the page.
         paragraphs: What is to be said about the experiment, in plain text; the first stands out.
+        untimed: Arms whose times say nothing, for example because the machine was busy; they are left out.
 
     Returns:
         The path of the page.
@@ -64,7 +66,7 @@ def render_experiment(
         OutputError: The page cannot be written.
     """
     found = rows.load(records)
-    tables = [_table(found, dataset, arms) for dataset, arms in rows.arms_of(found).items()]
+    tables = [_table(found, dataset, arms, untimed) for dataset, arms in rows.arms_of(found).items()]
     overlays, left_out = overlays_of(found)
     return write_page(
         "experiment.html", out_path, found, page_title=title, paragraphs=list(paragraphs), tables=tables,
@@ -119,23 +121,23 @@ def retention_curve(arms: Sequence[Record], name: str) -> list[tuple[float, floa
     return points
 
 
-def _table(records: Sequence[Record], dataset: str, arms: Sequence[Record]) -> dict[str, Any]:
+def _table(records: Sequence[Record], dataset: str, arms: Sequence[Record], untimed: Collection[str]) -> dict[str, Any]:
     groups = group_arms(arms)
     names = list(dict.fromkeys(group.arm for group in groups))
     floor = rows.baselines(records, dataset)
     told = ", ".join(f"{words} {rows.percent(value)}" for words, value in floor.items())
     return {
         "heading": f"Results on {dataset}",
-        "rows": [_row(group, arms, names) for group in groups],
+        "rows": [_row(group, arms, names, group.arm not in untimed) for group in groups],
         "note": "Mean ± standard deviation over seeds; ratios are taken seed by seed against full tokens."
         + (f" Without looking at the image: {told}." if told else ""),
         "accuracy": _accuracy_chart(groups, names, floor, dataset),
-        "equal_time": _time_chart(groups, names, dataset),
+        "equal_time": _time_chart([group for group in groups if group.arm not in untimed], names, dataset),
         "curves": [curve for name in _SWEPT if (curve := _curve(arms, name, dataset))],
     }
 
 
-def _row(group: Group, arms: Sequence[Record], names: Sequence[str]) -> dict[str, Any]:
+def _row(group: Group, arms: Sequence[Record], names: Sequence[str], timed: bool) -> dict[str, Any]:
     pruned = [value for record in group.records if (value := rows.pruned_accuracy(record)) is not None]
     is_full = group.arm == "full"
     return {
@@ -145,8 +147,8 @@ def _row(group: Group, arms: Sequence[Record], names: Sequence[str]) -> dict[str
         "seeds": len(group.records),
         "accuracy": _percent([rows.accuracy(record) for record in group.records]),
         "pruned": _percent(pruned),
-        "time": rows.duration(statistics.fmean(_seconds(record) for record in group.records)),
-        "ratio": "–" if is_full else _number(ratios(group.records, arms, "seconds")),
+        "time": rows.duration(statistics.fmean(map(_seconds, group.records))) if timed else "–",
+        "ratio": "–" if is_full or not timed else _number(ratios(group.records, arms, "seconds")),
         "kept": "–" if is_full else _percent(ratios(group.records, arms, "accuracy")),
         "steps": ", ".join(dict.fromkeys(f"{record['results']['steps']:,}" for record in group.records)),
     }
@@ -176,6 +178,8 @@ def _accuracy_chart(groups: Sequence[Group], names: Sequence[str], floor: Mappin
 
 def _time_chart(groups: Sequence[Group], names: Sequence[str], dataset: str) -> str:
     """Return accuracy over training time: a point per group, or a line where records carry a curve."""
+    if not groups:
+        return ""
     used = Counter(rows.color_of(name, names) for name in names)
     shared = {color for color, count in used.items() if count > 1}
     lines = []
