@@ -71,16 +71,10 @@ class PageClient:
             if name == event and label in (self._parts[target].get("label"), self._parts[target].get("value"))
         )
         body = {"data": list(data), "fn_index": number, "session_hash": self._session, "event_data": None}
-        joined = self.http.post(f"{self.url}gradio_api/queue/join", json=body).raise_for_status().json()
-        listen = {"session_hash": self._session}
-        with self.http.stream("GET", f"{self.url}gradio_api/queue/data", params=listen) as stream:
-            for line in stream.iter_lines():
-                told = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
-                if told.get("msg") == "process_completed" and told.get("event_id") == joined["event_id"]:
-                    if not told["success"]:
-                        raise SettingError(f"The view could not do it: {told['output']}")
-                    return list(told["output"]["data"])
-        raise SettingError("The view ended without an answer.")
+        reply = self.http.post(f"{self.url}gradio_api/run/predict", json=body)
+        if reply.is_error:
+            raise SettingError(f"The view could not do it: {reply.text}")
+        return list(reply.json()["data"])
 
     def show(self, image: dict[str, Any], pruners: list[str], ratio: float = 0.1, question: str = "") -> str:
         """Return the HTML that the page shows for an image."""

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from docs.chromium import MISSING, find_chromium, launch
 
 from tests.browser.commands import run
 from tests.browser.harness import DESKTOP, Look, Visit
+from tests.browser.session import running_chromium
 from tests.run.small_run import write_run
 
 
 @pytest.fixture(scope="package")
 def chromium() -> Iterator[Any]:
     """The browser. It ends with this folder, because Playwright's event loop would meet that of other tests."""
-    path = find_chromium()
-    if path is None:
-        if os.environ.get("TRIMTAB_BROWSER") == "required":
-            pytest.fail(f"TRIMTAB_BROWSER=required, but {MISSING}")
-        pytest.skip(MISSING)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = launch(playwright, path)
+    with running_chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

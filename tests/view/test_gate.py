@@ -79,14 +79,14 @@ def test_a_wrong_token_finds_nothing(served: Served, path: str) -> None:
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:{port}", "127.0.0.1", "localhost:1", "", "[::1]:{port}"]
 )
-@pytest.mark.parametrize("path", ["", "gradio_api/queue/data?session_hash=x", "gradio_api/heartbeat/x"])
+@pytest.mark.parametrize("path", ["", "gradio_api/startup-events", "gradio_api/heartbeat/x"])
 def test_another_host_is_refused(served: Served, host: str, path: str) -> None:
     place = f"/{token(served)}/{path}"
     assert raw(served, "GET", place, Host=host.format(port=served.port)) == (421, b"Misdirected request")
 
 
 def test_a_post_for_another_host_is_refused(served: Served) -> None:
-    place = f"/{token(served)}/gradio_api/queue/join"
+    place = f"/{token(served)}/gradio_api/run/predict"
     assert raw(served, "POST", place, Host=f"evil.example:{served.port}")[0] == 421
 
 
@@ -104,7 +104,7 @@ def test_localhost_is_this_machine_too(served: Served) -> None:
 def test_a_websocket_is_not_opened(served: Served) -> None:
     wanted = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
     wanted["Sec-WebSocket-Key"] = "AAAAAAAAAAAAAAAAAAAAAA=="
-    place = f"/{token(served)}/gradio_api/queue/join"
+    place = f"/{token(served)}/gradio_api/run/predict"
     assert raw(served, "GET", place, **wanted)[0] == 404
     assert raw(served, "GET", place, Host="evil.example", **wanted)[0] == 421
 
@@ -123,14 +123,14 @@ def test_the_gate_closes_websockets_itself() -> None:
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1", "https://127.0.0.1:{port}"])
 def test_other_origins_are_refused(served: Served, origin: str) -> None:
     headers = {"origin": origin.format(port=served.port)}
-    for path in ("gradio_api/queue/join", "gradio_api/upload"):
+    for path in ("gradio_api/run/predict", "gradio_api/upload"):
         assert httpx.post(f"{served.url}{path}", headers=headers, json={}, trust_env=False).status_code == 403
     assert get(served, **headers).status_code == 403
 
 
 def test_a_form_of_another_site_is_refused(served: Served) -> None:
     headers = {"sec-fetch-site": "cross-site"}
-    assert httpx.post(f"{served.url}gradio_api/queue/join", headers=headers, trust_env=False).status_code == 403
+    assert httpx.post(f"{served.url}gradio_api/run/predict", headers=headers, trust_env=False).status_code == 403
 
 
 def test_the_own_origin_is_let_in(served: Served) -> None:
@@ -148,7 +148,8 @@ def test_the_own_origin_is_let_in(served: Served) -> None:
         ("GET", "monitoring"),
         ("GET", "docs"),
         ("GET", "openapi.json"),
-        ("POST", "gradio_api/run/predict"),
+        ("POST", "gradio_api/queue/join"),
+        ("GET", "gradio_api/queue/data"),
         ("POST", "gradio_api/call/tell"),
         ("POST", "gradio_api/component_server"),
         ("POST", "gradio_api/vibe-edit"),
@@ -267,7 +268,7 @@ def test_200_mib_are_refused_unread(served: Served, announced: bool) -> None:
 
 
 def test_a_large_message_is_refused(served: Served) -> None:
-    url = f"{served.url}gradio_api/queue/join"
+    url = f"{served.url}gradio_api/run/predict"
     assert httpx.post(url, content=bytes(2 * MIB), trust_env=False).status_code == 413
     assert httpx.post(url, content=chunks(2 * MIB), trust_env=False).status_code == 413
 
@@ -312,7 +313,7 @@ def test_a_broken_form_is_refused(served: Served, body: bytes) -> None:
 def test_a_message_names_no_other_file(served: Served, path: Any) -> None:
     image = {"path": path, "url": "https://evil.example/x.png", "meta": {"_type": "gradio.FileData"}}
     body = {"data": [[{"deep": image}]], "fn_index": 0, "session_hash": "x"}
-    reply = httpx.post(f"{served.url}gradio_api/queue/join", content=json.dumps(body), trust_env=False)
+    reply = httpx.post(f"{served.url}gradio_api/run/predict", content=json.dumps(body), trust_env=False)
     assert (reply.status_code, reply.text) == (403, "The request names a file that is not here.")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.browser.session import running_chromium
 from tests.run.small_run import write_model
 from tests.view.conftest import HOSTILE, Served, serving
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="a browser is driven by the extra 'browser'")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+pytestmark = pytest.mark.browser
 PHONE, DESK = {"width": 360, "height": 740}, {"width": 1280, "height": 900}
 ANSWER = "<img src=x onerror=alert(1)><script>alert(2)</script> **bold** $$x$$\n# head"
 
@@ -33,12 +33,11 @@ class Watched:
         return self.page.locator(".tt-panel").filter(has=heading)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    """The browser; it ends with this file, see `running_chromium`."""
+    with running_chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -84,6 +83,24 @@ def test_overlays_appear_without_faults(served: Served, open_page: Any, size: di
         assert pictures.first.evaluate("image => image.decode().then(() => image.naturalWidth)") >= 336
     scrolled, seen = widths(watched.page)
     assert scrolled <= seen
+    assert watched.faults == []
+
+
+def test_quick_clicks_end_at_what_is_chosen(served: Served, open_page: Any) -> None:
+    """The answers to many changes at once must not leave an older one standing."""
+    watched = open_page(served)
+    boxes = watched.page.get_by_role("checkbox").all()
+    names = [box.get_attribute("name") for box in boxes]
+    draw = random.Random(0)
+    for _ in range(25):
+        for _ in range(draw.randint(2, 9)):
+            boxes[draw.randrange(len(boxes))].click()
+            watched.page.wait_for_timeout(draw.choice((0, 0, 30, 60, 90, 120)))
+        chosen = {name for name, box in zip(names, boxes, strict=True) if box.is_checked()}
+        headings = watched.page.locator(".tt-panel h2")
+        sync_api.expect(headings).to_have_count(len(chosen), timeout=10_000)
+        for name in chosen:
+            watched.panel(name).wait_for(timeout=10_000)
     assert watched.faults == []
 
 

@@ -35,15 +35,15 @@ from trimtab.errors import DataError
 from trimtab.view.uploads import MAX_BYTES, keep_image
 
 UPLOAD = "gradio_api/upload"
-JOIN = "gradio_api/queue/join"
+RUN = "gradio_api/run/predict"
 FILE = "gradio_api/file="
 
 READ = re.compile(
-    r"|config|theme\.css|(assets|static)/.+|gradio_api/(startup-events|queue/data|heartbeat/\w+|upload_progress|file=.+)"
+    r"|config|theme\.css|(assets|static)/.+|gradio_api/(startup-events|heartbeat/\w+|upload_progress|file=.+)"
 )
 """Routes of the page that are read, below the token."""
 
-SENT = re.compile(rf"{UPLOAD}|{JOIN}|gradio_api/(cancel|reset)/?")
+SENT = re.compile(rf"{UPLOAD}|{RUN}|gradio_api/(cancel|reset)/?")
 """Routes of the page that are sent to."""
 
 MAX_MESSAGE = 2**20

@@ -44,8 +44,14 @@ def build_page(desk: Desk, images: Sequence[tuple[str, Path]], title: str) -> An
 
     usable = [choice.label for choice in desk.choices if choice.reason is None]
     first = [label for label in FIRST if label in usable] or usable[:1]
-    # Gradio would check and convert what comes from the controls; what is wrong is told in words here instead.
-    quiet: dict[str, Any] = {"preprocess": False, "api_visibility": "private", "show_progress": "hidden"}
+    # Gradio would check and convert what comes from the controls; what is wrong is told in words here instead. Its
+    # queue answers over a stream that the browser closes and opens again, and of two quick clicks one gets lost.
+    quiet: dict[str, Any] = {
+        "preprocess": False,
+        "api_visibility": "private",
+        "show_progress": "hidden",
+        "queue": False,
+    }
     with gr.Blocks(title="trimtab view", analytics_enabled=False) as page:
         _words(gr, f"<div><h1>Which visual tokens stay</h1><p>{text(title)} {text(HOW_TO_READ)}</p></div>")
         if desk.trained is None:

@@ -92,9 +92,9 @@ def _mounted(page: Any, token: str) -> Any:
     page.queue(api_open=False)
     texts, codes = FONTS
     return gr.mount_gradio_app(
-        FastAPI(openapi_url=None, docs_url=None, redoc_url=None), page, path=f"/{token}", server_name=LOOPBACK,
-        footer_links=[], run_history=False, allowed_paths=[], max_file_size=MAX_BYTES, ssr_mode=False,
-        show_error=False, enable_monitoring=False, pwa=False, mcp_server=False, css=CSS,
+        FastAPI(openapi_url=None, docs_url=None, redoc_url=None), page, path=f"/{token}", root_path=f"/{token}",
+        server_name=LOOPBACK, footer_links=[], run_history=False, allowed_paths=[], max_file_size=MAX_BYTES,
+        ssr_mode=False, show_error=False, enable_monitoring=False, pwa=False, mcp_server=False, css=CSS,
         theme=gr.themes.Base(font=texts, font_mono=codes),
     )  # fmt: skip
 
