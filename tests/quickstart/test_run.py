@@ -102,8 +102,9 @@ def test_interrupted_and_run_again_is_never_interrupted(
         ]
 
 
-def test_interrupted_behind_the_last_step_takes_no_further_one(
-    whole: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("log_lost", [False, True])
+def test_interrupted_behind_the_last_step_takes_no_further_one_unless_its_log_is_lost(
+    whole: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lost: bool
 ) -> None:
     def stop(*_: Any) -> None:
         raise StopError
@@ -112,23 +113,8 @@ def test_interrupted_behind_the_last_step_takes_no_further_one(
         patch.setattr("trimtab.quickstart.train_arm.judge_arm", stop)
         with pytest.raises(StopError):
             run_arms(small_task(), THREE[:1], 0, tmp_path, quiet, save_every=4)
-    record = run_arms(small_task(), THREE[:1], 0, tmp_path, quiet, save_every=4)[0]
-    assert [entry["step"] for entry in record["results"]["log"]] == [1, 2, 3, 4, 5, 6]
-    expected = final_weights(whole[0], "full")
-    assert all(torch.equal(value, expected[name]) for name, value in final_weights(tmp_path, "full").items())
-
-
-def test_an_arm_whose_log_is_lost_begins_anew(
-    whole: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(*_: Any) -> None:
-        raise StopError
-
-    with monkeypatch.context() as patch:
-        patch.setattr("trimtab.quickstart.train_arm.judge_arm", stop)
-        with pytest.raises(StopError):
-            run_arms(small_task(), THREE[:1], 0, tmp_path, quiet, save_every=4)
-    (tmp_path / "arms" / "full" / STEP_LOG).unlink()
+    if log_lost:
+        (tmp_path / "arms" / "full" / STEP_LOG).unlink()
     record = run_arms(small_task(), THREE[:1], 0, tmp_path, quiet, save_every=4)[0]
     assert [entry["step"] for entry in record["results"]["log"]] == [1, 2, 3, 4, 5, 6]
     assert record["results"]["seconds_train"] > 0

@@ -10,7 +10,15 @@ import yaml
 
 from trimtab.dualspeed.config import DualSpeedConfig
 from trimtab.errors import MissingExtraError, OutputError, SettingError
-from trimtab.run.config import RunConfig, build_config, load_config, merge, parse_overrides, write_resolved
+from trimtab.run.config import (
+    RunConfig,
+    build_config,
+    load_config,
+    merge,
+    parse_overrides,
+    training_arguments,
+    write_resolved,
+)
 from trimtab.run.extras import require
 
 BASE: dict[str, Any] = {"model_name_or_path": "m", "data_files": "train.jsonl", "output_dir": "out"}
@@ -150,3 +158,10 @@ def test_a_place_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> No
     (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(OutputError):
         write_resolved(build_config(BASE), tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize(("given", "steps"), [({}, 10), ({"logging_steps": 500}, 500)])
+def test_losses_are_logged_often_unless_the_settings_say_otherwise(given: dict[str, Any], steps: int) -> None:
+    config = build_config({"model_name_or_path": "m", "data_files": ["a.jsonl"], "output_dir": "out", **given})
+    assert training_arguments(config).logging_steps == steps
+    assert config.training == given, "what is not said is not written into the run file either"
