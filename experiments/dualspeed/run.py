@@ -4,7 +4,8 @@
     python experiments/dualspeed/run.py --task nlvr --data ../shared/data --arms full pruned dualspeed --seeds 0
 
 Arms that have a record are not trained again, interrupted ones go on. Two processes may work on different seeds or
-tasks at the same time; give each one thread. Weights are not kept, but for the common start in runs/ (not in git).
+tasks at the same time; give each one thread. Weights are not kept, but for the common start in runs/ (not in git);
+--keep-models keeps them there, too, for experiments on the checkpoints.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=None, help="steps other than the task's")
     parser.add_argument("--learning-rate", type=float, default=None, help="learning rate other than the task's")
+    parser.add_argument("--layers", type=int, default=None, help="layers of the language model other than the task's")
+    parser.add_argument("--keep-models", action="store_true", help="keep the weights of the arms, too")
     arguments = parser.parse_args()
 
     import torch
@@ -51,13 +54,15 @@ def main() -> None:
         task = open_task(arguments.task, arguments.data, seed)
         if arguments.learning_rate is not None:
             task = replace(task, learning_rate=arguments.learning_rate)
+        if arguments.layers is not None:
+            task = replace(task, sizes=replace(task.sizes, layers=arguments.layers))
         root = arguments.work / arguments.task / f"seed-{seed}"
         target = arguments.records / arguments.task / f"seed-{seed}"
         target.mkdir(parents=True, exist_ok=True)
         with show_progress() as progress:
             run_arms(
-                task, arms, seed, root, progress, steps=arguments.steps, keep_models=False, records_folder=target,
-                told=StepFigures(progress),
+                task, arms, seed, root, progress, steps=arguments.steps, keep_models=arguments.keep_models,
+                records_folder=target, told=StepFigures(progress),
             )  # fmt: skip
 
 

@@ -11,6 +11,7 @@
     ├── HostLibraryError (ImportError)      a package is installed, but too old or built for another torch
     ├── RankDisagreementError (RuntimeError) two processes of one run would not do the same
     ├── WrongOrderError (RuntimeError)      a call came before or after its time
+    ├── NotSupportedError (NotImplementedError) two things that are right alone do not go together yet
     └── OutputError (OSError)               an output directory or file cannot be written as asked
 
     TrimtabWarning (UserWarning)            something works, but probably not as the user thinks
@@ -58,6 +59,10 @@ class RankDisagreementError(TrimtabError, RuntimeError):
 
 class WrongOrderError(TrimtabError, RuntimeError):
     """A call came before or after its time."""
+
+
+class NotSupportedError(TrimtabError, NotImplementedError):
+    """Two things that are right alone do not go together yet."""
 
 
 class OutputError(TrimtabError, OSError):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import transformers
+from tests.conformance.drop_families import DROP_REFUSED, WHY
 from tests.conformance.families import SUITE
 from tests.conformance.family_checks import CHECKS
 from tests.conformance.seam import IMAGE_TEXT_TO_TEXT, has_hook
@@ -19,6 +20,10 @@ FILE = Path(__file__).parents[2] / "docs" / "reference" / "families.md"
 OPTIONS = {"drop_is_mask": "not_masking", "rows_alone": "row_dependence", "gradients": "no_projector"}
 """Which attribute of a `TinyFamily` says that a check takes another form, and why."""
 COLUMNS = [name for name in CHECKS if name != "supported"]
+INSIDE = (
+    "Tokens leave between layers of the language model (VTW, FastV, PyramidDrop), with batches, cache and detach "
+    "(`tests/conformance/test_drop_inside.py`)."
+)
 
 
 def page() -> str:
@@ -29,9 +34,9 @@ def page() -> str:
         "# Model families",
         _introduction(),
         "## What the columns say",
-        "\n".join(f"- **{_title(name)}**: {_first_line(name)}" for name in COLUMNS),
+        "\n".join([*(f"- **{_title(name)}**: {_first_line(name)}" for name in COLUMNS), f"- **inside**: {INSIDE}"]),
         "## Supported",
-        _table(["Model type", "Class", "Takes", *map(_title, COLUMNS), "To know"], rows),
+        _table(["Model type", "Class", "Takes", *map(_title, COLUMNS), "inside", "To know"], rows),
         "\n".join(f"[^{number}]: {_sentence(reason)}" for number, reason in enumerate(reasons, 1)),
         "## Refused, though they have the public hook",
         _table(
@@ -74,6 +79,7 @@ def _row(name: str, reasons: list[str]) -> list[str]:
     family = SUITE[name]
     takes = "images" if family.videos is None else "images, videos"
     cells = [_cell(family, check, reasons) for check in COLUMNS]
+    cells.append("no" + _note(WHY[DROP_REFUSED[name]], reasons) if name in DROP_REFUSED else "yes")
     return [f"`{name}`", f"`{FAMILIES[name].name}`", takes, *cells, " ".join(FAMILIES[name].notes)]
 
 

@@ -1,0 +1,134 @@
+"""The layers of a language model, opened for tokens that leave between two of them."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from trimtab.anatomy.families import Host, check_model, open_host
+from trimtab.errors import NotSupportedError, UnsupportedModelError
+
+TAKEN = ("attention_mask", "past_key_values", "position_embeddings")
+"""Keyword arguments that every decoder layer must take."""
+KNOWN = frozenset({"hidden_states", *TAKEN, "position_ids", "use_cache", "output_attentions", "moe_mm_token_type_ids"})
+"""All that a layer may name; what it names beyond has a meaning that cutting rows could break."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The language model of a model, opened layer by layer.
+
+    Attributes:
+        model: The model with the language-model head (inside a PEFT wrapper where there is one).
+        base: Its part without the head, which takes ``input_ids`` or ``inputs_embeds``.
+        text: The language model; it has ``layers``.
+        layers: Its layers, 0 to `depth` - 1.
+        first_layer: The least layer at whose input tokens may leave: one behind the last layer at which the model
+            itself adds visual features (DeepStack), or 0.
+        token_ids: Placeholders of visual tokens; empty for a language model without vision.
+        host: The model opened for visual tokens, or None for a language model without vision.
+    """
+
+    model: Any
+    base: Any
+    text: Any
+    layers: tuple[Any, ...]
+    first_layer: int
+    token_ids: tuple[int, ...]
+    host: Host | None
+
+    @property
+    def depth(self) -> int:
+        """How many layers there are."""
+        return len(self.layers)
+
+    @property
+    def name(self) -> str:
+        """Name of the model's class."""
+        return type(self.model).__name__
+
+
+def open_decoder(model: Any) -> Decoder:
+    """Open the layers of a model's language model.
+
+    Args:
+        model: A vision-language model of transformers that `trimtab.check_model` supports, or a decoder-only language
+            model; also inside a PEFT wrapper.
+
+    Returns:
+        The opened decoder.
+
+    Raises:
+        UnsupportedModelError: Its layers are not where they should be, or take arguments of an unknown meaning.
+        NotSupportedError: It is compiled, or has sliding windows, states or chunks, which count places.
+    """
+    if hasattr(model, "_orig_mod") or any(getattr(part, "_compiled_call_impl", None) for part in _modules(model)):
+        raise NotSupportedError(
+            f"{type(getattr(model, '_orig_mod', model)).__name__} is compiled (torch.compile), and layers that see "
+            "fewer tokens than those before them are not supported under it. Give the model as it was before."
+        )
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = type(inner).__name__
+    text = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+    layers = getattr(text, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        where = "get_decoder().layers" if text is None else f"{type(text).__name__}.layers (from get_decoder())"
+        raise UnsupportedModelError(
+            f"No decoder layers were found in {name}: {where} should be a ModuleList. Give a vision-language or causal "
+            "language model of transformers whose language model has its layers there."
+        )
+    config: Any = getattr(text, "config", None)
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder: {type(text).__name__}.layers attend to an encoder. Give a model whose "
+            "visual tokens stand in the sequence of a decoder."
+        )
+    _refuse_windows(name, config)
+    for layer in layers:
+        names = set(inspect.signature(type(layer).forward).parameters) - {"self", "kwargs"}
+        lacks, unknown = [one for one in TAKEN if one not in names], sorted(names - KNOWN)
+        if lacks or unknown:
+            what = f"lacks {', '.join(lacks)}" if lacks else f"takes {', '.join(unknown)}, whose rows are not known"
+            raise UnsupportedModelError(
+                f"{type(layer).__name__}.forward in {name} ({type(text).__name__}.layers) {what}. Layers must take "
+                f"hidden_states and {', '.join(TAKEN)} as keywords, as those of Llama and Qwen do."
+            )
+    host = open_host(inner) if check_model(inner).supported else None
+    return Decoder(
+        model=inner,
+        base=inner.base_model,
+        text=text,
+        layers=tuple(layers),
+        first_layer=_first_layer(inner),
+        token_ids=() if host is None else host.image_token_ids,
+        host=host,
+    )
+
+
+def _modules(model: Any) -> list[Any]:
+    return list(model.modules()) if isinstance(model, nn.Module) else []
+
+
+def _refuse_windows(name: str, config: Any) -> None:
+    kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
+    window = None if kinds else getattr(config, "sliding_window", None)
+    other = sorted(kinds - {"full_attention"}) or ([f"sliding_window={window}"] if window else [])
+    if other:
+        raise NotSupportedError(
+            f"{name} has layers of the kind {', '.join(other)}, which count places or carry a state from place to "
+            "place, so that tokens cannot leave between layers. Only models whose layers all have full attention are "
+            "supported."
+        )
+
+
+def _first_layer(model: Any) -> int:
+    """One behind the last layer at which the model adds visual features to its states."""
+    config = model.config
+    entries = [layer + 1 for _, layer in getattr(config, "deepstack_layer_map", None) or ()]
+    if getattr(config, "use_spatial_sampling", False):
+        entries += [layer + 1 for layer in config.spatial_target_layers]
+    vision = getattr(config, "vision_config", None)
+    return max([*entries, len(getattr(vision, "deepstack_visual_indexes", None) or ())], default=0)
