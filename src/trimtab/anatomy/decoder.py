@@ -128,7 +128,6 @@ def _first_layer(model: Any) -> int:
     """One behind the last layer at which the model adds visual features to its states."""
     config = model.config
     entries = [layer + 1 for _, layer in getattr(config, "deepstack_layer_map", None) or ()]
-    if getattr(config, "use_spatial_sampling", False):
-        entries += [layer + 1 for layer in config.spatial_target_layers]
+    entries += [layer + 1 for layer in getattr(config, "spatial_target_layers", None) or ()]
     vision = getattr(config, "vision_config", None)
     return max([*entries, len(getattr(vision, "deepstack_visual_indexes", None) or ())], default=0)

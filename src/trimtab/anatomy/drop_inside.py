@@ -45,7 +45,7 @@ class Rows:
         visual: Which places hold visual tokens of this call.
         real: Which places are not padding.
         source: Where each place stands in the whole sequence of this call.
-        rank: How many visual tokens of its row stand before a place in the whole sequence of this call.
+        rank: How many visual tokens of its row stand before a place, in this call and in those that filled its cache.
         marks: Which visual tokens are newline rows: those that equal the model's ``image_newline``.
         total: Visual tokens of each row in the whole sequence of this call, [row].
         queries: Query rows: the last real place of each row, or those that `InsideDrop.queries` names.
@@ -175,11 +175,11 @@ class InsideDrop:
         self._visual: Tensor | None = None
         self._call: Call | None = None
         self._calls: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._warned = False
+        self._attached, self._warned, self._compiled = True, False, False
         self._hooks: list[Any] = []
+        setattr(decoder.text, _MARK, owner)
         if not self.stages:
             return
-        setattr(decoder.text, _MARK, owner)
         self._hooks = [
             decoder.base.register_forward_pre_hook(self._before_base, with_kwargs=True),
             decoder.text.register_forward_pre_hook(self._before_text, with_kwargs=True),
@@ -200,8 +200,9 @@ class InsideDrop:
         """Give the model back as it was before; calling it again does nothing."""
         for hook in self._hooks:
             hook.remove()
-        if self._hooks:
+        if self._attached:
             delattr(self.decoder.text, _MARK)
+        self._attached = False
         self._hooks.clear()
         self._forget()
 
@@ -238,8 +239,8 @@ class InsideDrop:
         self._forget_unless_expected()
         if not self.active:
             return
-        if torch.compiler.is_compiling():
-            raise NotSupportedError(f"{self.owner} is not supported under torch.compile. Call the model as it is.")
+        # A compiler that meets an error goes back to plain calls, so it is noted here and raised where it is plain.
+        self._compiled = torch.compiler.is_compiling()
         inputs = {**dict(zip(_names(type(module)), args, strict=False)), **kwargs}
         self._visual = self._find_visual(inputs)
 
@@ -287,6 +288,8 @@ class InsideDrop:
         self._forget()
         if not self.active:
             return None
+        if self._compiled:
+            raise NotSupportedError(f"{self.owner} is not supported under torch.compile. Call the model as it is.")
         inputs = {**dict(zip(_names(type(module)), args, strict=False)), **kwargs}
         given = inputs.get("inputs_embeds")
         given = inputs.get("input_ids") if given is None else given
@@ -340,8 +343,11 @@ class InsideDrop:
 
     def _rows(self, call: Call, before: Plan | None, states: Tensor, layer: Any, arguments: Mapping[str, Any]) -> Rows:
         assert call.visual is not None
+        rank = call.visual.long().cumsum(1) - call.visual.long()
+        if call.record is not None:
+            rank = rank + call.record.visual.to(rank.device)[:, None]
         full = {
-            "visual": call.visual, "real": call.real, "rank": call.visual.long().cumsum(1) - call.visual.long(),
+            "visual": call.visual, "real": call.real, "rank": rank,
             "marks": self._marks(call), "queries": call.query_rows(self.queries, self.owner),
         }  # fmt: skip
         if before is None:
@@ -373,10 +379,9 @@ class InsideDrop:
         return equal & call.visual
 
     def _note_counts(self, call: Call) -> None:
-        if call.visual is None:
-            return
-        self.counts = [call.shape[1], *(plan.width for plan in call.plans)]
-        if call.ends_visual and not self._warned:
+        if call.visual is not None:
+            self.counts = [call.shape[1], *(plan.width for plan in call.plans)]
+        if call.is_known_to_end_visual and not self._warned:
             self._warned = True
             warnings.warn(
                 f"{self.owner}: a prompt ends with an image, without any text behind it. Layers behind the withdrawal "
@@ -415,6 +420,10 @@ def _keys(kwargs: Mapping[str, Any]) -> list[Tensor]:
 
 def _fit_mask(mask: Tensor, shape: tuple[int, ...], owner: str) -> Tensor:
     rows, places = shape
+    if not isinstance(mask, torch.Tensor):
+        raise setting_error(
+            owner, "visual_mask", f"a bool tensor of shape {shape}, one value per row and place of the prompt", mask
+        )
     fits = mask.dim() == 2 and mask.shape[1] == places and mask.shape[0] > 0 and rows % mask.shape[0] == 0
     if not fits or mask.dtype != torch.bool:
         raise setting_error(

@@ -99,6 +99,16 @@ class Call:
             embeddings=inputs.get("inputs_embeds"),
         )  # fmt: skip
 
+    @property
+    def is_known_to_end_visual(self) -> bool:
+        """Whether a prompt ended with a visual token.
+
+        With a cache a call may be a chunk of a prompt that goes on, so that only the first step behind it tells.
+        """
+        if self.visual is not None:
+            return self.ends_visual and self.cache is None
+        return self.shape[1] == 1 and self.record is not None and self.record.ends_visual
+
     def past_columns(self, layer: int, number: int) -> Columns:
         """Entries behind a stage from before this call."""
         if self.record is not None:
@@ -174,7 +184,8 @@ class Plan:
     @property
     def untouched(self) -> bool:
         """Whether rows and cache are as the model has them itself."""
-        return self.width == self.call.shape[1] and self.past.count == self.call.past and not self.padded
+        padded = self.padded or self.past.padded  # rows that lost places beside a row that lost none
+        return self.width == self.call.shape[1] and self.past.count == self.call.past and not padded
 
     @classmethod
     def whole(cls, call: Call, stage: Stage, before: Plan | None, past: Columns) -> Plan:
@@ -205,7 +216,7 @@ class Plan:
             told = torch.stack((stays.sum(1), call.real[:, 0].long(), ends.long())).tolist()
             counts, pad_left = told[0], not all(told[1])
             call.ends_visual = any(told[2])
-        longest = max(counts)
+        longest = max(1, *counts)  # layers do not take rows without any place, so padding stands for them
         if min(counts) == width:
             return cls.whole(call, stage, before, past)
         step, real = repack_index(stays, longest, pad_left)
@@ -258,7 +269,7 @@ class Plan:
     def _cut_one(self, name: str, value: Any, states: Tensor) -> Any:
         if name == "attention_mask":
             return self._cut_mask(value, states)
-        if name == "position_embeddings":
+        if name == "position_embeddings" and value is not None:
             if self.position is not None:
                 return self._new_angles(states)
             taken = tuple(self._take(one, -2) for one in value)
@@ -347,6 +358,6 @@ class Plan:
         here = here.scatter_add(1, self.source, self.real.long())
         column = (here.cumsum(1) - 1).clamp_min(0)
         if self.pad_left:
-            column = column + (self.width - self.real.sum(1, keepdim=True))
+            column = column + (self.width - self.real.sum(1, keepdim=True)).clamp_max(self.width - 1)
         index = column.to(states.device)[..., None].expand(-1, -1, states.shape[2])
         return states.gather(1, index)

@@ -8,10 +8,11 @@ along, and a cache without one has lost nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from trimtab.errors import NotSupportedError, WrongOrderError
 from trimtab.shapes import Bool, Int, Tensor
@@ -44,6 +45,12 @@ class Columns:
         """How many there are."""
         return self.place.shape[1]
 
+    def take(self, rows: Int[Tensor, "taken"]) -> Columns:
+        """Take rows by number, in this order."""
+        index = rows.to(self.place.device)
+        position = None if self.position is None else self.position[index]
+        return replace(self, place=self.place[index], real=self.real[index], position=position)
+
 
 @dataclass(frozen=True)
 class DropRecord:
@@ -54,12 +61,25 @@ class DropRecord:
         width: Places of the whole conversation so far.
         columns: Entries behind each stage.
         positions: Policy of the positions.
+        visual: Visual tokens of each row so far, also those that left.
+        ends_visual: Whether the last call had several places and ended with a visual token.
     """
 
     layers: tuple[int, ...]
     width: int
     columns: tuple[Columns, ...]
     positions: str
+    visual: Int[Tensor, "row"]
+    ends_visual: bool = False
+
+    def take(self, rows: Int[Tensor, "taken"]) -> DropRecord:
+        """Take rows by number, in this order."""
+        columns = tuple(columns.take(rows) for columns in self.columns)
+        return replace(self, columns=columns, visual=self.visual[rows.to(self.visual.device)])
+
+    def repeat(self, times: int) -> DropRecord:
+        """Repeat every row, copies side by side."""
+        return self.take(torch.arange(len(self.visual)).repeat_interleave(times))
 
     def crop(self, width: int, cache: Any) -> DropRecord:
         """Go back to fewer places, as speculative decoding does; layers that the cache cut too little are cut here."""
@@ -79,7 +99,29 @@ class DropRecord:
                 one.keys, one.values = one.keys[..., :count, :], one.values[..., :count, :]
             position = None if columns.position is None else columns.position[:, :count]
             found.append(Columns(columns.place[:, :count], columns.real[:, :count], position, columns.padded))
-        return DropRecord(self.layers, width, tuple(found), self.positions)
+        return replace(self, width=width, columns=tuple(found), ends_visual=False)
+
+
+class DropCache(DynamicCache):
+    """A `DynamicCache` with a record, which follows its rows; a plain one becomes this when tokens first leave."""
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Reorder the rows, as beam search does."""
+        super().reorder_cache(beam_idx)
+        self._take(beam_idx)
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep some rows only."""
+        super().batch_select_indices(indices)
+        self._take(torch.arange(len(vars(self)[_RECORD].visual))[indices.cpu()])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        setattr(self, _RECORD, vars(self)[_RECORD].repeat(repeats))
+
+    def _take(self, rows: Tensor) -> None:
+        setattr(self, _RECORD, vars(self)[_RECORD].take(rows))
 
 
 def record_of(cache: Any) -> DropRecord | None:
@@ -109,11 +151,14 @@ def open_cache(cache: Any, stages: Sequence[Stage], positions: str, rows: int, o
             f"{record.positions!r}), and now {owner} lets them leave at {list(layers)} ({positions!r}). Go on with the "
             "same settings, or start from the whole prompt without a cache."
         )
-    if record.columns[0].place.shape[0] != rows:
+    before = record.columns[0].place.shape[0]
+    if rows % before:
         raise WrongOrderError(
-            f"past_key_values was filled for {record.columns[0].place.shape[0]} rows, but {rows} came. Give as many "
-            "rows as the prompt had."
+            f"past_key_values was filled for {before} rows, but {rows} came. Give as many rows as the prompt had, or "
+            "that many times as often (cache.batch_repeat_interleave)."
         )
+    if rows != before:
+        record = record.repeat(rows // before)
     if layers[0] == 0:  # even the first layer holds only what stayed
         held += record.width - record.columns[0].count
     if held > record.width:
@@ -125,8 +170,6 @@ def open_cache(cache: Any, stages: Sequence[Stage], positions: str, rows: int, o
 
 
 def _require_dynamic(cache: Any, owner: str) -> None:
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
     kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", ()) if type(layer) is not DynamicLayer})
     if isinstance(cache, DynamicCache) and not kinds:
         return
@@ -146,7 +189,17 @@ def remember(call: Call, stages: Sequence[Stage], output: Any) -> None:
         _require_dynamic(cache, call.owner)
     columns = tuple(plan.columns() for plan in call.plans)
     layers = tuple(stage.layer for stage in stages)
-    setattr(cache, _RECORD, DropRecord(layers, call.past + call.shape[1], columns, call.positions))
+    count = torch.zeros(call.shape[0], dtype=torch.long, device=call.real.device)
+    if call.visual is not None:
+        count = call.visual.sum(1)
+    if call.record is not None:
+        count = count + call.record.visual.to(count.device)
+    record = DropRecord(
+        layers, call.past + call.shape[1], columns, call.positions, count, call.ends_visual and call.shape[1] > 1
+    )
+    if type(cache) is DynamicCache:
+        cache.__class__ = DropCache
+    setattr(cache, _RECORD, record)
 
 
 def join(first: Columns, second: Columns) -> Columns:

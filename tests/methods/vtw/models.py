@@ -212,8 +212,7 @@ def reference_states(
             stays = text_rows.nonzero()[:, 0]
             states, seen = states[:, stays], seen[stays][:, stays]
             if positions == "reset":
-                anew = torch.arange(len(stays)).expand(*prompt.positions.shape[:-1], -1)
-                cos, sin = text.rotary_emb(states, anew)
+                cos, sin = text.rotary_emb(states, numbered_anew(prompt.positions[..., stays]))
             else:
                 cos, sin = cos[..., stays, :], sin[..., stays, :]
         bias = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
@@ -222,6 +221,12 @@ def reference_states(
             rows = torch.zeros_like(states[0]).masked_scatter(prompt.visual[:, None], prompt.added[number])
             states = states + rows[None]
     return text.norm(states), stays
+
+
+def numbered_anew(positions: Tensor) -> Tensor:
+    """Number the places of a row from 0 without gaps; where they have several coordinates, equal ones stay equal."""
+    used = sorted(set(positions.flatten().tolist()))
+    return torch.tensor([used.index(one) for one in positions.flatten().tolist()]).view(positions.shape)
 
 
 def reference(model: Any, prompt: Prompt, layer: int, *args: Any, **named: Any) -> tuple[Tensor, Tensor]:
