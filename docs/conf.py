@@ -65,7 +65,8 @@ nitpick_ignore_regex = [
     (r"py:class", r"Tensor|Bool|Float|Int"),
     # Inside of trimtab, and left out of the reference on purpose; `T` is what a decorator takes and returns.
     (r"py:class", r"trimtab\.(registry\.T|dualspeed\.samples\.NoteRows|dualspeed\.isolator\.ModeIsolator)"),
-    (r"py:class", r"trimtab\.(anatomy\.families\.Host|data\.sources\.Source)"),
+    (r"py:class", r"trimtab\.(anatomy\.families\.Host|data\.sources\.Source|dualspeed\.inside\.DropsInside)"),
+    (r"py:class", r"trimtab\.anatomy\.(decoder\.Decoder|drop_inside\.Stage)"),
 ]
 
 html_theme = "furo"

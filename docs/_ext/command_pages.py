@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -13,9 +14,16 @@ HELP = "--help"
 
 
 def command_sections() -> str:
-    """Return a section for every command, in the order of `trimtab --help`."""
-    group: Any = typer.main.get_command(app)
-    return "\n\n".join(_section(name, command) for name, command in group.commands.items() if not command.hidden)
+    """Return a section for every command, in the order of `trimtab --help`; the verbs of a method have one each."""
+    return "\n\n".join(_section(name, command) for name, command in _commands(typer.main.get_command(app)))
+
+
+def _commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{before}{name} ")
+        elif not command.hidden:
+            yield f"{before}{name}", command
 
 
 def _section(name: str, command: Any) -> str:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from trimtab.errors import DataError as DataError
     from trimtab.errors import HostLibraryError as HostLibraryError
     from trimtab.errors import MissingExtraError as MissingExtraError
+    from trimtab.errors import NotSupportedError as NotSupportedError
     from trimtab.errors import OutputError as OutputError
     from trimtab.errors import RankDisagreementError as RankDisagreementError
     from trimtab.errors import SettingError as SettingError
@@ -59,6 +60,7 @@ _PUBLIC = {
     "DualSpeedHandle": "trimtab.dualspeed",
     "HostLibraryError": "trimtab.errors",
     "MissingExtraError": "trimtab.errors",
+    "NotSupportedError": "trimtab.errors",
     "OutputError": "trimtab.errors",
     "PackSampler": "trimtab.dualspeed",
     "PrunedInference": "trimtab.dualspeed",

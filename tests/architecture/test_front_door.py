@@ -80,7 +80,8 @@ def test_the_probe_sees_what_is_loaded() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["methods"], ["methods", "dualspeed", "--json"], ["train", "--help"]]
+    "arguments",
+    [["--help"], ["methods"], ["methods", "dualspeed", "--json"], ["train", "--help"], ["vtw", "search", "--help"]],
 )
 def test_light_commands_load_nothing_heavy(arguments: list[str]) -> None:
     call = f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert not end.code"

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench": FLOOR | {"ops", "anatomy", "data", "evaluate", "pruners"},
     "report": FLOOR | {"evaluate"},
     "dualspeed": FLOOR | {"ops", "anatomy", "pruners", "data"},
-    "methods": FLOOR | {"ops", "anatomy"},
+    "methods": FLOOR | {"ops", "anatomy", "bench"},
     "quickstart": FLOOR | {"ops", "anatomy", "pruners", "data", "evaluate", "bench", "report", "dualspeed", "run"},
     "run": FLOOR | {"ops", "anatomy", "pruners", "data", "evaluate", "bench", "report", "dualspeed"},
     "integrations": FLOOR | {"ops", "anatomy", "pruners", "data", "evaluate", "dualspeed", "run"},

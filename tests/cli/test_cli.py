@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
+from tests.cli.commands import commands
 from tests.cli.terminal import open_terminal
 from tests.documents.test_documents import check_command
 
@@ -23,7 +23,7 @@ from trimtab.cli.app import app
 from trimtab.errors import SettingError, TrimtabWarning
 from trimtab.run.progress import show_work
 
-COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]  # a group has commands
+COMMANDS = sorted(commands())
 
 
 def run(*arguments: str) -> int:
@@ -46,13 +46,16 @@ def test_the_commands_are_those_of_the_house() -> None:
         "report",
         "cache",
         "view",
+        "vtw search",
+        "vtw generate",
+        "vtw bench",
     }
     assert set(COMMANDS) == promised
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_help_has_one_example_that_holds(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(command, "--help") == 0
+    assert run(*command.split(), "--help") == 0
     told = capsys.readouterr().out
     examples = re.findall(r"Example: (trimtab .+)", told)
     assert len(examples) == 1

@@ -188,6 +188,11 @@ AFTER_A_RUN = {
 }
 """Pages that begin where a run has ended in `out`, and why."""
 
+LAYERS = {
+    "docs/methods/vtw.md": (32, "names layers of a model that has 32"),
+}
+"""Pages whose stand-in for a model of a hub needs more than one layer, how many, and why."""
+
 ALTERNATIVES = {
     "README.md": "shows three ways; each starts in an empty folder",
 }

@@ -42,6 +42,8 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 def test_the_blocks_of_a_page_run(path: Path, model: Path, patch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if short(path) in NEEDED:
         pytest.importorskip(NEEDED[short(path)])
+    if short(path) in table.LAYERS:
+        model = write_tiny_model(tmp_path / "deep", table.LAYERS[short(path)][0])
     let_warnings_pass()
     for _ in run_page(path, Desk(tmp_path, model, patch)):
         pass
@@ -78,14 +80,15 @@ def test_no_entry_for_blocks_and_pages_is_left_over() -> None:
     settings = "\n".join(block.text for block in EVERY if block.language == "yaml")
     for page, start in table.BLOCKS:
         assert sum(b.page == page and b.text.startswith(start) for b in EVERY) == 1, f"one block {start} in {page}"
-    assert {b.page for b in EVERY} >= {*table.AFTER_A_RUN, *table.ALTERNATIVES, *NEEDED}
+    assert {b.page for b in EVERY} >= {*table.AFTER_A_RUN, *table.ALTERNATIVES, *table.LAYERS, *NEEDED}
     assert all(name in text for name in table.HUB)
     assert all(name in settings for name in table.STAND_INS if name not in ("disable_tqdm",))
 
 
 def test_every_exception_has_a_reason() -> None:
     reasons = [one.reason for one in [*table.COMMANDS.values(), *table.BLOCKS.values()]]
-    reasons += [reason for one in (table.SHORTER, table.STAND_INS, table.WHOLE_SHORTER) for _, reason in one.values()]
+    with_values = (table.SHORTER, table.STAND_INS, table.WHOLE_SHORTER, table.LAYERS)
+    reasons += [reason for one in with_values for _, reason in one.values()]
     reasons += [
         *table.HUB.values(),
         *table.AFTER_A_RUN.values(),

@@ -44,6 +44,9 @@ def check_trimtab(words: list[str]) -> None:
         return
     assert words[0] in CLI.commands, f"trimtab has no command {words[0]}"
     command = CLI.commands[words[0]]
+    if hasattr(command, "commands") and words[1:] and not words[1].startswith("-"):
+        assert words[1] in command.commands, f"trimtab {words[0]} has no command {words[1]}"
+        command = command.commands[words[1]]
     options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
     for word in (word.partition("=")[0] for word in words[1:] if word.startswith("-")):
         taken = words[0] in TAKES_SETTINGS and word[2:].replace("-", "_") in settings_names()
@@ -94,6 +97,8 @@ def test_every_command_exists_with_its_options(path: Path) -> None:
         "trimtab nonsense",
         "trimtab train --learning_rat 1",
         "trimtab export --fast",
+        "trimtab vtw nonsense",
+        "trimtab vtw search --fast",
         "trimtab bench training --text_men 40",
         "python none.py",
         "pip install trimtab[view]",

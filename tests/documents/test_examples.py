@@ -39,6 +39,7 @@ def test_these_are_the_examples() -> None:
         "trl_plain",
         "trl_two_lines",
         "two_gpus",
+        "vtw",
     ]
     assert [path.stem for path in EXAMPLES] == names
 
@@ -107,3 +108,15 @@ def test_the_rows_that_are_written_are_sound(tmp_path: Path) -> None:
         report = validate_rows(tmp_path / f"{split}.jsonl")
         assert (report.sound, report.rows, report.images) == (True, count, count)
     assert len([*(tmp_path / "images").iterdir()]) == 8
+
+
+def test_the_vtw_example_finds_a_layer_and_answers_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from trimtab.methods.vtw import VTWConfig
+
+    report = load(ROOT / "examples" / "vtw.py").main(str(tmp_path), samples=4)
+    assert VTWConfig.load(tmp_path / "vtw.json") == report.settings()
+    assert 0 < report.layer < report.depth == 6
+    curve, told = capsys.readouterr().out.rsplit("\n", 2)[:2]
+    assert [line.partition(":")[0] for line in curve.splitlines()] == [f"layer {number}" for number in range(7)]
+    before, behind = (int(word) for word in told.split() if word.isdecimal() and int(word) > 6)
+    assert before - behind == 256

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
+from tests.cli.commands import commands
 from tests.documents.site import ROOT, STRICT, Page, broken_targets, built_site, is_outside, read_pages
 
 import trimtab
 from trimtab.cards import all_cards
-from trimtab.cli.app import app
 from trimtab.pruners import PRUNERS
 from trimtab.run.config import RunConfig
 
@@ -134,15 +133,10 @@ def test_a_field_shows_its_type_and_default(site: Path) -> None:
     assert re.search(r"pack_tokens: int \| None = None", text)
 
 
-def commands() -> dict[str, Any]:
-    group: Any = typer.main.get_command(app)
-    return dict(group.commands)
-
-
 @pytest.mark.parametrize("name", sorted(commands()))
 def test_every_command_shows_its_options_and_an_example(site: Path, name: str) -> None:
     text = (site / REFERENCE.format("commands")).read_text(encoding="utf-8")
-    found = re.search(rf'<section id="trimtab-{name}">(.*?)</section>', text, re.DOTALL)
+    found = re.search(rf'<section id="trimtab-{name.replace(" ", "-")}">(.*?)</section>', text, re.DOTALL)
     assert found is not None
     words = re.sub(r"<[^>]+>", "", found[1])
     for parameter in commands()[name].params:

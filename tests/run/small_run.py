@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ TOKENS = 64
 """Visual tokens of one image."""
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, layers: int = SIZES.layers) -> Path:
     """Write model and processor as transformers does."""
     processor = build_processor(SIZES, vocabulary())
-    build_model(SIZES, processor.tokenizer).save_pretrained(str(folder))
+    build_model(replace(SIZES, layers=layers), processor.tokenizer).save_pretrained(str(folder))
     processor.save_pretrained(str(folder))
     return folder
 

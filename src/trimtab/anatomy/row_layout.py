@@ -29,6 +29,7 @@ class RowNotes:
         lengths: Real places of each row.
         labelled: Placeholders of each row that carry a label.
         labels: Supervised labels of each row, without those on placeholders, padding and first places.
+        answers: Runs of them that each row has.
         starts_real: Of each row whether its first place is real.
         placeholders: Of each kind of visual input the placeholders of each row.
         sizes: Entries of the batch with sizes of images (`trimtab.anatomy.encode.SIZES`), which stay on the host.
@@ -38,6 +39,7 @@ class RowNotes:
     lengths: list[int]
     labelled: list[int]
     labels: list[int]
+    answers: list[int]
     starts_real: list[bool]
     placeholders: dict[str, list[int]]
     sizes: dict[str, Tensor] = field(default_factory=dict)
@@ -72,6 +74,7 @@ class RowLayout:
         lengths: How many real places each row has.
         labelled: How many placeholders of the batch carry a label.
         labels: How many supervised labels each row has, without those on placeholders, padding and first places.
+        answers: How many runs of them each row has.
         pad_left: Whether padding stands before the rows.
         block_rows: Row of each block of features.
     """
@@ -83,6 +86,7 @@ class RowLayout:
     lengths: list[int]
     labelled: int
     labels: list[int]
+    answers: list[int]
     pad_left: bool
     block_rows: list[int]
 
@@ -150,6 +154,7 @@ def read_rows(model: Any, batch: Mapping[str, Any], encoded: EncodedImages | Non
         lengths=notes.lengths,
         labelled=sum(notes.labelled),
         labels=notes.labels,
+        answers=notes.answers,
         pad_left=not all(notes.starts_real),
         block_rows=rows,
     )
@@ -187,17 +192,20 @@ def _count(batch: Mapping[str, Any], real: Tensor, kinds: Mapping[str, Tensor], 
     ids, labels = batch["input_ids"], batch.get("labels")
     placeholder = place_types(kinds) != 0
     none = torch.zeros_like(ids[:, 0])
-    labelled = supervised = none
+    labelled = supervised = answers = none
     if labels is not None:
         labelled = (placeholder & (labels != IGNORED)).sum(1)
-        supervised = (clean_labels(labels, real, placeholder) != IGNORED).sum(1)
+        taught = clean_labels(labels, real, placeholder) != IGNORED
+        supervised, answers = taught.sum(1), (taught[:, 1:] & ~taught[:, :-1]).sum(1)
     broken = none if packed is None else packed.long()
-    counts = [real.sum(1), labelled, supervised, real[:, 0].long(), broken, *(kind.sum(1) for kind in kinds.values())]
-    lengths, labelled_rows, label_rows, first, wrong, *found = torch.stack(counts).tolist()
+    counts = [real.sum(1), labelled, supervised, answers, real[:, 0].long(), broken]
+    told = torch.stack([*counts, *(kind.sum(1) for kind in kinds.values())]).tolist()
+    lengths, labelled_rows, label_rows, answer_rows, first, wrong, *found = told
     if any(wrong):
         raise packing_error(wrong.index(1))
     per_kind = dict(zip(kinds, found, strict=True))
-    return RowNotes(tuple(ids.shape), lengths, labelled_rows, label_rows, [bool(one) for one in first], per_kind)
+    starts = [bool(one) for one in first]
+    return RowNotes(tuple(ids.shape), lengths, labelled_rows, label_rows, answer_rows, starts, per_kind)
 
 
 def clean_labels(labels: Tensor, real: Tensor, placeholder: Tensor) -> Int[Tensor, "row seq"]:

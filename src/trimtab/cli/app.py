@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from trimtab.cli import cache_commands, house_commands, report_commands, run_commands, view_commands
+from trimtab.cli import cache_commands, house_commands, report_commands, rooms, run_commands, view_commands
 from trimtab.errors import TrimtabError, TrimtabWarning
 
 USER_ERROR = 2
@@ -53,6 +53,7 @@ run_commands.add_to(app)
 cache_commands.add_to(app)
 report_commands.add_to(app)
 view_commands.add_to(app)
+rooms.add_to(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

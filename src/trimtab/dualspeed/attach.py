@@ -22,6 +22,7 @@ from trimtab.anatomy.recompute import pause_recompute, recomputes, wraps_recompu
 from trimtab.dualspeed.cache import TowerCache
 from trimtab.dualspeed.checks import advise, changed_settings, refuse_device_map, refuse_inputs
 from trimtab.dualspeed.config import DualSpeedConfig, require_config
+from trimtab.dualspeed.inside import DropsInside, refuse_compiled, refuse_step
 from trimtab.dualspeed.isolator import ModeIsolator, fresh_isolator
 from trimtab.dualspeed.losses import losses_of_step
 from trimtab.dualspeed.metrics import StepMetrics
@@ -53,7 +54,8 @@ def attach(model: Any, config: DualSpeedConfig | Mapping[str, Any], *, accumulat
     on pruned tokens in fast steps; on all tokens, plus the KL divergence from the pruned view, in slow ones. A
     frozen language model (the alignment stage) takes fast steps only. The isolator becomes a parameter of the model,
     so build the optimizer afterwards. Steps are counted in forward calls with gradients; without them (``no_grad``)
-    the model does in training mode what it does without DualSpeed, on full images.
+    the model does in training mode what it does without DualSpeed, on full images. With `inside` tokens also leave
+    inside the language model, in fast steps and in the view that teaches slow ones.
 
     Args:
         model: A vision-language model of transformers (``trimtab.check_model`` says which), also inside PEFT, and
@@ -69,7 +71,8 @@ def attach(model: Any, config: DualSpeedConfig | Mapping[str, Any], *, accumulat
     Raises:
         UnsupportedModelError: The model lacks what it takes.
         SettingError: A setting that this model or this call cannot meet.
-        WrongOrderError: DualSpeed is attached to the model already.
+        NotSupportedError: With `inside`, layers that tokens cannot leave between, or a compiled model.
+        WrongOrderError: DualSpeed is attached to the model already, or with `inside` tokens leave inside it already.
     """
     config = require_config(config, "attach", "config")
     if config.schedule == "annealed" and config.total_steps is None:
@@ -79,6 +82,7 @@ def attach(model: Any, config: DualSpeedConfig | Mapping[str, Any], *, accumulat
         )  # fmt: skip
     if accumulation_steps < 1:
         raise setting_error("attach", "accumulation_steps", "at least 1", accumulation_steps)
+    refuse_compiled(config, model)
     # What torch.compile returns calls the model itself, with its hooks.
     return DualSpeedHandle(getattr(model, "_orig_mod", model), config, accumulation_steps)
 
@@ -243,7 +247,7 @@ class DualSpeedHandle:
         if not has_images(batch):
             return {name: value for name, value in batch.items() if name not in ENTRIES}
         with self.autocast():
-            pruned = inside_forward(
+            pruned, _ = inside_forward(
                 self._model, lambda: self._view.prune(batch, self._isolator_rows(), self.micro_step)
             )
         return {name: value for name, value in pruned.items() if name not in ENTRIES}
@@ -330,6 +334,8 @@ class DualSpeedHandle:
         self._hooks.clear()
         self._end_step()
         self._leave_packs()
+        if self._view.inside is not None:
+            self._view.inside.detach()
         if self.isolator is None:
             return
         self._model._modules.pop(ISOLATOR, None)
@@ -356,6 +362,8 @@ class DualSpeedHandle:
             return self._without_entries(args, kwargs)
         if self.config.packing:
             require_packed_attention(self._host)
+        if self._view.inside is not None:
+            refuse_step(self._view.inside, inputs, module)
         modes = self._modes(inputs)
         self._check_ranks(modes)
         # Processes that must keep in step recompute alike, whatever rows they have.
@@ -372,6 +380,9 @@ class DualSpeedHandle:
         self._step = step
         if self.config.packing:
             step.leave.append(enter_pack())
+        if self._view.inside is not None and step.inside is not None:
+            self._view.inside.enter(step.inside, step.labels)
+            step.leave.append(self._view.inside.leave)
         return (), inputs
 
     def _pause_recompute(self, wanted: bool) -> Callable[[], None]:
@@ -400,6 +411,8 @@ class DualSpeedHandle:
         if step.student is None or step.labels is None:
             self._metrics.note_plain(loss_per_label(step, output))
             return None
+        if self._view.inside is not None and step.inside is not None:
+            self._view.inside.require_done()
         loss = self._loss(step, self._router_loss(output))
         rest = {name: value for name, value in output.items() if name not in ("loss", "logits")}
         result = type(output)(loss=loss, **rest)
@@ -537,6 +550,8 @@ class DualSpeedHandle:
             )
         if self.config.packing:
             self._leave_packs = use_packed_attention(self._host)
+        if self.config.inside is not None:
+            self._view.inside = DropsInside(self._host, self.config)
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from trimtab.dualspeed.inside_options import INSIDE, checked_options
 from trimtab.errors import SettingError, near_miss, setting_error
 from trimtab.pruners.budget import RULES
 
@@ -64,6 +65,17 @@ class DualSpeedConfig:
         distillation: ``"one_way"`` teaches the full view by the pruned one (the paper), ``"two_way"`` also the pruned
             view by the full one.
         cache_from: Folder with a cache of the frozen vision tower, made by ``trimtab cache``, or None for none.
+        inside: Where the fast mode drops visual tokens inside the language model, beside or instead of the pruner
+            before it: ``"vtw"`` all at one layer (arXiv 2405.05803), ``"fastv"`` some by attention at one layer
+            (arXiv 2403.06764), ``"pyramid_drop"`` some by attention at several (arXiv 2410.17247). The isolator stays
+            in all layers. To drop inside only, set ``pruner="keep_all"`` and ``isolator_tokens=0``, which has no place
+            among tokens that are all kept. None drops nothing there. Not together with `packing`.
+        inside_options: Settings of `inside`, where "at layer K" means that layers 0 to K - 1 see the tokens. For
+            ``"vtw"`` ``layer`` (half of the layers by default), ``sink_tokens`` (first visual tokens of each row that
+            stay, 0) and ``keep_newlines`` (whether rows that end a line of an image stay, false); for ``"fastv"``
+            ``layer`` (2) and ``keep_ratio`` (0.5); for ``"pyramid_drop"`` ``layers`` (a quarter, a half and three
+            quarters of the layers by default) and ``keep_ratios`` (0.5, 0.25 and 0.125), shares of the tokens that
+            enter the language model.
     """
 
     pruner: str = "divprune"
@@ -90,6 +102,8 @@ class DualSpeedConfig:
     keep_spread: str = "fixed"
     distillation: str = "one_way"
     cache_from: str | None = None
+    inside: str | None = None
+    inside_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check every field; see the class for the ranges."""
@@ -136,6 +150,16 @@ class DualSpeedConfig:
             )  # fmt: skip
         if self.cache_from is not None:
             self._require("cache_from", str, bool, "a path, or None")
+        if self.inside is not None:
+            self._require("inside", str, INSIDE.__contains__, f"one of {', '.join(INSIDE)}, or None")
+            if self.packing:
+                raise setting_error(
+                    "DualSpeedConfig", "inside", "None with packing=True, whose rows share one sequence", self.inside,
+                    "Set packing=False; bucket_pool puts rows of like length together without it.",
+                )  # fmt: skip
+        self._require("inside_options", Mapping, lambda v: all(isinstance(k, str) for k in v), "a mapping by name")
+        # As JSON has them, so that settings that were read back equal those that were written.
+        object.__setattr__(self, "inside_options", checked_options(self.inside, self.inside_options))
         if self.total_steps is not None:
             self._require("total_steps", int, lambda v: v >= 1, "a whole number, at least 1, or None")
         if self.isolator_from is not None:
@@ -157,16 +181,22 @@ class DualSpeedConfig:
     @property
     def prunes_nothing(self) -> bool:
         """Whether these settings leave every training step as the model has it without trimtab."""
-        return self.keeps_all and self.isolator_tokens == 0 and self.slow_ratio == 0 and not self.packing
+        return self.drops_nothing and self.isolator_tokens == 0 and self.slow_ratio == 0 and not self.packing
 
     @property
     def keeps_all(self) -> bool:
-        """Whether the fast mode drops no token."""
+        """Whether all visual tokens enter the language model in the fast mode."""
         return self.pruner == "keep_all" or self.keep_ratio == 1
+
+    @property
+    def drops_nothing(self) -> bool:
+        """Whether the fast mode drops no token, neither before nor inside the language model."""
+        return self.keeps_all and self.inside is None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a plain dict that JSON and YAML can hold."""
-        return {**asdict(self), "pruner_options": dict(self.pruner_options)}
+        options = {"pruner_options": dict(self.pruner_options), "inside_options": dict(self.inside_options)}
+        return {**asdict(self), **options}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> DualSpeedConfig:

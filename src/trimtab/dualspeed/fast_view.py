@@ -94,12 +94,10 @@ def choose_tokens(
 
 
 def _tiles(config: DualSpeedConfig, encoded: EncodedImages, draw: tuple[int, int]) -> list[_Tile]:
-    counts = kept_counts(
-        {size for sizes in encoded.tiles for size in sizes if size},
-        config.keep_ratio,
-        config.keep_rule,
-        any_size=encoded.any_size,
-    )
+    sizes = {size for sizes in encoded.tiles for size in sizes if size}
+    counts = dict.fromkeys(sizes, 0)
+    if config.pruner != "keep_all":
+        counts = kept_counts(sizes, config.keep_ratio, config.keep_rule, any_size=encoded.any_size)
     blocks = [_tiles_of(block, counts, config, encoded) for block in range(len(encoded.blocks))]
     _require_room(config, encoded, blocks)
     if config.keep_spread != "fixed":

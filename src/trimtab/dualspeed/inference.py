@@ -23,11 +23,13 @@ import torch
 from transformers import Cache
 
 from trimtab.anatomy import Host, has_images, open_host
+from trimtab.anatomy.drop_record import record_of
 from trimtab.dualspeed.attach import SIDE_FILE, DualSpeedHandle
 from trimtab.dualspeed.config import DualSpeedConfig
+from trimtab.dualspeed.inside import DropsInside, InsideRows
 from trimtab.dualspeed.isolator import ModeIsolator, fresh_isolator
 from trimtab.dualspeed.view import FastView, by_name
-from trimtab.errors import SettingError, WrongOrderError, setting_error
+from trimtab.errors import NotSupportedError, SettingError, WrongOrderError, setting_error
 from trimtab.files import read_json
 from trimtab.shapes import Int, Tensor
 
@@ -48,7 +50,8 @@ def prune_for_inference(
     From now on ``model(**batch)`` and ``model.generate(**batch)`` with images use the fast view of the batch. In
     training mode, without images, and with ``mm_encoder_outputs`` (features that were encoded before) both are as
     they were. `generate` returns the whole prompt that came, then the new tokens, so that
-    ``out[:, input_ids.shape[1]:]`` is the answer as always.
+    ``out[:, input_ids.shape[1]:]`` is the answer as always. With `inside` tokens leave inside the language model as
+    well, by the attention of the last place of each prompt where attention decides.
 
     Args:
         model: A vision-language model of transformers, also inside PEFT or ``torch.compile``; give the module that is
@@ -65,7 +68,8 @@ def prune_for_inference(
         SettingError: No isolator is named though the settings have one, it does not fit, or the pruner needs what
             the model cannot supply.
         OutputError: There is no isolator at the place that was named.
-        WrongOrderError: The model is pruned for inference already.
+        NotSupportedError: Tokens cannot leave inside this model.
+        WrongOrderError: The model is pruned for inference already, or tokens leave inside it already.
     """
     # What torch.compile returns keeps no attributes itself: it hands them to the model inside, and calls its hooks.
     model = getattr(model, "_orig_mod", model)
@@ -81,7 +85,7 @@ def prune_for_inference(
                 "prune_for_inference", "isolator_from", "None beside a handle, whose own isolator is used",
                 str(isolator_from),
             )  # fmt: skip
-        return PrunedInference(model, host, source.config, source.isolator)
+        return PrunedInference(model, host, source.config, source.isolator, source._view.inside)
     if isinstance(source, DualSpeedConfig):
         config, place = source, isolator_from or source.isolator_from
     elif isinstance(source, (str, Path)):
@@ -134,13 +138,25 @@ class PrunedInference:
         isolator: The rows in front of every pruned image, or None with ``isolator_tokens=0``.
     """
 
-    def __init__(self, model: Any, host: Host, config: DualSpeedConfig, isolator: ModeIsolator | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        host: Host,
+        config: DualSpeedConfig,
+        isolator: ModeIsolator | None,
+        inside: DropsInside | None = None,
+    ) -> None:
         if isinstance(getattr(vars(model).get("generate"), "__self__", None), PrunedInference):
             raise WrongOrderError(
                 f"This {type(model).__name__} is pruned for inference already. Call detach() on its handle first."
             )
         self._model = model
         self._view = FastView(host, config)
+        self._borrowed = inside
+        self._view.inside = DropsInside(host, config) if inside is None and config.inside is not None else inside
+        self._leaving: InsideRows | None = None
+        """What may leave inside of the prompt that was shortened last, until it is used."""
+        self._entered = False
         self.config = config
         self.isolator = isolator
         self._pending: _Prompt | None = None
@@ -148,7 +164,7 @@ class PrunedInference:
         self._own = vars(model).get("generate")
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after),
+            model.register_forward_hook(self._after, always_call=True),
         ]
         model.generate = self._generate
 
@@ -165,6 +181,8 @@ class PrunedInference:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        if self._view.inside is not None and self._borrowed is None:
+            self._view.inside.detach()
         vars(self._model).pop("generate", None)
         if self._own is not None:
             self._model.generate = self._own
@@ -190,7 +208,8 @@ class PrunedInference:
                 "the first call only: give the whole conversation with all its images, and no cache."
             )
         rows = None if self.isolator is None else self.isolator.rows.to(batch["input_ids"].device)
-        return self._view.prune(batch, rows, 0)
+        short, self._leaving = self._view.prune(batch, rows, 0)
+        return short
 
     # hooks ------------------------------------------------------------------------------------------------------
 
@@ -202,13 +221,34 @@ class PrunedInference:
         if has_images(inputs):
             short = self.prune_inputs(inputs)
             self._pending = _Prompt.of(inputs["input_ids"], short)
+            self._enter(short)
             return (), short
+        self._enter(inputs)
         prompt = _prompt_of(inputs.get("past_key_values"))
         return None if prompt is None else ((), prompt.follow(inputs))
 
+    def _enter(self, inputs: Mapping[str, Any]) -> None:
+        """Let tokens leave inside in a call with the prompt that was shortened last, or with a cache of such a one."""
+        inside, ids = self._view.inside, inputs.get("input_ids")
+        if inside is None:
+            return
+        rows = self._leaving
+        if rows is not None and ids is not None and inputs.get("mm_encoder_outputs") is not None:
+            copies, left = divmod(ids.shape[0], len(rows.counts))
+            if copies and not left and ids.shape[1] == rows.visual.shape[1]:
+                self._leaving, self._entered = None, True
+                inside.enter(rows, None)  # which fits copies of the rows, as for beams
+                return
+        if record_of(inputs.get("past_key_values")) is not None:
+            self._entered = True
+            inside.drop.active = True
+
     def _after(self, module: Any, args: Any, output: Any) -> None:
         prompt, self._pending = self._pending, None
-        if prompt is not None:
+        if self._entered and self._view.inside is not None:
+            self._entered = False
+            self._view.inside.leave()
+        if prompt is not None and output is not None:
             _remember(prompt, output.values() if isinstance(output, dict) else output)
 
     # generate ---------------------------------------------------------------------------------------------------
@@ -238,6 +278,11 @@ class PrunedInference:
             raise SettingError(
                 "attention_mask must be given where several rows are generated from images: shortened rows differ in "
                 "length, and the padding must be known. The processor returns it with padding=True."
+            )
+        if self._view.inside is not None and _chunks(batch, generation_config, self._view.host.model):
+            raise NotSupportedError(
+                f"{self._view.inside.owner} takes the prompt of generate() as a whole, but prefill_chunk_size is set. "
+                "Leave it out, or set inside to None."
             )
         with torch.no_grad():
             short = self.prune_inputs(batch)
@@ -354,6 +399,12 @@ def _load_isolator(host: Host, config: DualSpeedConfig, place: str | Path | None
     isolator = fresh_isolator(host, config.isolator_tokens, config.seed)
     isolator.load(Path(place))
     return isolator.requires_grad_(False)
+
+
+def _chunks(arguments: Mapping[str, Any], config: Any, model: Any) -> bool:
+    """Whether `generate` is to give the model a prompt in parts."""
+    places = (arguments, *(vars(one) for one in (config, getattr(model, "generation_config", None)) if one is not None))
+    return any(place.get("prefill_chunk_size") is not None for place in places)
 
 
 def _with_prompt(ids: Int[Tensor, "row full"], made: Int[Tensor, "out seq"], short: int) -> Int[Tensor, "out longer"]:

@@ -58,6 +58,8 @@ class StepMetrics:
                 values["kl"] = 0.0
             values["slow_share"] = float(step.mode == "slow")
         values |= {"visual_tokens_full": step.tokens_full, "visual_tokens_kept": step.tokens_kept}
+        if step.tokens_deep is not None:
+            values["visual_tokens_deep"] = step.tokens_deep
         self._keep(step.mode, values)
 
     def _keep(self, mode: str, values: dict[str, Any]) -> None:

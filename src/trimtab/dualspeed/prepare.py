@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from trimtab.anatomy.packed_attention import inside_pack
 from trimtab.anatomy.row_layout import NOTES, RowLayout, clean_labels
 from trimtab.dualspeed.cache_keys import ENTRY
 from trimtab.dualspeed.fast_view import KeptTokens
+from trimtab.dualspeed.inside import INSIDE
 from trimtab.dualspeed.ranks import share_step
 from trimtab.dualspeed.schedule import Mode
 from trimtab.dualspeed.step import Step, values_of_rows
@@ -73,7 +75,9 @@ class StepMaker:
             student = self._with_images(step, inputs, slow, draw)
         else:
             student = self._text_only(step, inputs, slow)
-        step.labels = student["labels"]
+        step.labels, step.inside = student["labels"], student.pop(INSIDE, None)
+        if self.view.inside is not None:
+            self._note_deep(step)
         return {**student, "labels": None, "step": step}
 
     def _with_images(self, step: Step, inputs: dict[str, Any], slow: list[int], draw: int) -> dict[str, Any]:
@@ -99,7 +103,14 @@ class StepMaker:
             return full_inputs(self.host, inputs, encoded)
         shown = _whole(encoded, layout, slow, kept)
         step.tokens_kept = shown.count
-        return self.view.shorten(inputs, encoded, layout, shown, self.isolator())
+        return self.view.shorten(inputs, encoded, layout, shown, self.isolator(), whole=slow)
+
+    def _note_deep(self, step: Step) -> None:
+        """Note how many visual tokens reach the last layer."""
+        assert self.view.inside is not None
+        counts = [] if step.inside is None else step.inside.counts
+        deep = self.view.inside.deep_count(counts)
+        step.tokens_deep = None if deep is None or step.tokens_kept is None else step.tokens_kept - sum(counts) + deep
 
     def _text_only(self, step: Step, inputs: dict[str, Any], slow: list[int]) -> dict[str, Any]:
         layout = read_rows(self.host, inputs, None)
@@ -122,8 +133,11 @@ class StepMaker:
 
     def _rows_that_lose(self, slow: list[int], kept: KeptTokens, sizes: list[int], layout: RowLayout) -> list[int]:
         """The slow rows whose pruned view differs from the full one."""
+        inside = self.view.inside is not None
         cut = {
-            row for row, size, index in zip(layout.block_rows, sizes, kept.index, strict=True) if index.shape[0] < size
+            row
+            for row, size, index in zip(layout.block_rows, sizes, kept.index, strict=True)
+            if index.shape[0] < size or (inside and size)
         }
         return [row for row in slow if row in cut]
 
@@ -153,9 +167,10 @@ class StepMaker:
 
     def _states(self, view: dict[str, Any], count: int) -> Tensor:
         """Return the states of a view at its labels, of which there are so many."""
-        labels = view.pop("labels")
+        labels, rows = view.pop("labels"), view.pop(INSIDE, None)
         view.pop("logits_to_keep", None)
-        with inside_pack(self.config.packing):
+        inside = contextlib.nullcontext() if self.view.inside is None else self.view.inside.active(rows, labels)
+        with inside_pack(self.config.packing), inside:
             hidden = self.host.last_states(view)
         return states_at_labels(hidden, labels, count)[0]
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from trimtab.dualspeed.inside import InsideRows
 from trimtab.dualspeed.ranks import SharedStep
 from trimtab.ops.label_head import IGNORED
 from trimtab.shapes import Tensor
@@ -27,6 +28,8 @@ class Step:
         student: States of the student, once it has run.
         tokens_full: Visual tokens of the batch.
         tokens_kept: Visual tokens that the student sees.
+        tokens_deep: Those of them that reach the last layer, where tokens leave inside and the host knows.
+        inside: What may leave inside in the student's pass, or None.
         shared: What the batches of all processes hold, where they must keep in step.
         pace: Hook on the embeddings that has to go after the forward.
         leave: What has to be undone after the forward.
@@ -43,6 +46,8 @@ class Step:
     student: Tensor | None = None
     tokens_full: int | None = None
     tokens_kept: int | None = None
+    tokens_deep: int | None = None
+    inside: InsideRows | None = None
     shared: SharedStep | None = None
     pace: Any = None
     leave: list[Callable[[], None]] = field(default_factory=list)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +13,7 @@ from trimtab.anatomy.assemble import Positions
 from trimtab.anatomy.encode import EncodedImages
 from trimtab.dualspeed.config import DualSpeedConfig
 from trimtab.dualspeed.fast_view import KeptTokens, choose_tokens
+from trimtab.dualspeed.inside import BLOCKS, INSIDE, DropsInside, InsideRows, blocks_of_places, rows_inside
 from trimtab.errors import SettingError, setting_error
 from trimtab.pruners import build_pruner
 from trimtab.shapes import Float, Tensor
@@ -30,6 +31,7 @@ class FastView:
 
     Attributes:
         cache: What stands for the vision tower, or None for the tower itself.
+        inside: What drops tokens inside the language model, or None; whoever runs the view sets it.
 
     Raises:
         SettingError: The pruner needs what the model cannot supply, or nothing is pruned and the isolator has no
@@ -41,6 +43,7 @@ class FastView:
         self.host = host
         self.config = config
         self.cache: TowerCache | None = None
+        self.inside: DropsInside | None = None
         self.pruner = build_pruner(config.pruner, config.pruner_options)
         missing = self.pruner.needs - supplied_needs(host)
         if missing:
@@ -102,8 +105,11 @@ class FastView:
         *,
         rows: list[int] | None = None,
         packed: bool | None = None,
+        whole: Collection[int] = (),
     ) -> dict[str, Any]:
         """Return the arguments of the model for the kept tokens, with the isolator's rows in front.
+
+        Where tokens leave inside, the entry `INSIDE` says which may (`InsideRows`), or is None; it is to be taken out.
 
         Args:
             batch: The user's arguments.
@@ -113,13 +119,15 @@ class FastView:
             prefix: Rows of the isolator, or None.
             rows: The rows of the batch to take, or None for all.
             packed: Whether to make one row of them; None for what the settings say.
+            whole: Rows of the batch whose tokens do not leave inside.
         """
         positions = self.config.positions
         if positions == "auto":
             positions = "original" if self.host.rotary == "multimodal" else "renumber"
-        return assemble(
+        blocks = {} if self.inside is None else {BLOCKS: blocks_of_places(layout, encoded)}
+        short = assemble(
             self.host,
-            batch,
+            {**batch, **blocks},
             encoded,
             kept.index,
             prefix=prefix,
@@ -129,14 +137,19 @@ class FastView:
             rows=rows,
             packed=self.config.packing if packed is None else packed,
         )
+        if self.inside is not None:
+            front, found = 0 if prefix is None else prefix.shape[0], short.pop(BLOCKS)
+            short[INSIDE] = rows_inside(found, encoded, kept, layout, prefix=front, rows=rows, whole=whole)
+        return short
 
     def prune(
         self, batch: Mapping[str, Any], prefix: Float[Tensor, "prefix width"] | None, step: int
-    ) -> dict[str, Any]:
-        """Encode, choose and shorten, row beside row, as `generate` takes them."""
+    ) -> tuple[dict[str, Any], InsideRows | None]:
+        """Encode, choose and shorten, row beside row, as `generate` takes them; and say what may leave inside."""
         encoded, layout = self.encode(batch)
         kept = self.choose(batch, encoded, layout, step, alone=True)
-        return self.shorten(batch, encoded, layout, kept, prefix, packed=False)
+        short = self.shorten(batch, encoded, layout, kept, prefix, packed=False)
+        return short, short.pop(INSIDE, None)
 
 
 def by_name(host: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import DataError, setting_error
 from trimtab.evaluate.intervals import wilson_interval
-from trimtab.evaluate.prompts import Prompt, prompts_of_rows
+from trimtab.evaluate.prompts import Prompt, prompt_inputs, prompts_of_rows
 
 if TYPE_CHECKING:
     import torch
@@ -138,26 +138,12 @@ def _answer(
     model: Any, processor: Any, batch: Sequence[Prompt], max_new_tokens: int, prepare: Prepare | None
 ) -> list[str]:
     """Generate the answers of one batch."""
-    inputs = _inputs(processor, batch).to(model.device)
+    inputs = prompt_inputs(processor, batch).to(model.device)
     given = dict(prepare(dict(inputs))) if prepare else _share_images(model, dict(inputs), batch)
     made = model.generate(**given, generation_config=_greedy(model, processor, max_new_tokens))
     prompt_length = given["input_ids"].shape[1] if given.get("input_ids") is not None else 0
     tokenizer = getattr(processor, "tokenizer", processor)
     return list(tokenizer.batch_decode(made[:, prompt_length:], skip_special_tokens=True))
-
-
-def _inputs(processor: Any, batch: Sequence[Prompt]) -> Any:
-    texts = [
-        processor.apply_chat_template(prompt.messages, add_generation_prompt=True, tokenize=False) for prompt in batch
-    ]
-    images = {"images": [list(prompt.images) for prompt in batch]} if batch[0].images else {}
-    try:
-        return processor(text=texts, **images, padding=True, return_tensors="pt")
-    except (ValueError, TypeError, OSError) as error:
-        rows = sorted({prompt.row for prompt in batch})
-        raise DataError(
-            f"The processor cannot read rows {rows[0]} to {rows[-1]}: {error} Check their images and the chat template."
-        ) from error
 
 
 def _greedy(model: Any, processor: Any, max_new_tokens: int) -> Any:

@@ -67,6 +67,32 @@ def prompts_of_row(row: Mapping[str, Any], number: int = 0) -> list[Prompt]:
     )
 
 
+def prompt_inputs(processor: Any, prompts: Sequence[Prompt]) -> Any:
+    """Return what a model is asked with: conversations up to the answer and their images, padded to one length.
+
+    Args:
+        processor: A processor of transformers with a chat template; its tokenizer decides the side of the padding.
+        prompts: At least one; all with images, or none.
+
+    Returns:
+        What the processor makes of them, on the CPU.
+
+    Raises:
+        DataError: It cannot read them; the message names the rows.
+    """
+    texts = [
+        processor.apply_chat_template(prompt.messages, add_generation_prompt=True, tokenize=False) for prompt in prompts
+    ]
+    images = {"images": [list(prompt.images) for prompt in prompts]} if prompts[0].images else {}
+    try:
+        return processor(text=texts, **images, padding=True, return_tensors="pt")
+    except (ValueError, TypeError, OSError) as error:
+        rows = sorted({prompt.row for prompt in prompts})
+        raise DataError(
+            f"The processor cannot read rows {rows[0]} to {rows[-1]}: {error} Check their images and the chat template."
+        ) from error
+
+
 def _from_questions(row: Mapping[str, Any], number: int) -> list[Prompt]:
     questions, answers = list(row["questions"]), list(row.get("answers") or [])
     families = list(row.get("families") or [ALL] * len(questions))

@@ -23,7 +23,6 @@ from typing import Any
 
 from trimtab.dualspeed.config import DualSpeedConfig
 from trimtab.errors import DataError, MissingExtraError, SettingError, UnsupportedModelError, near_miss, setting_error
-from trimtab.run.config import RunConfig
 
 MODEL_NAME = "trimtab_pruned"
 CLASS_NAME = "TrimtabPruned"
@@ -106,6 +105,7 @@ class _PrunedModel:
         from accelerate import Accelerator
 
         from trimtab.dualspeed import prune_for_inference
+        from trimtab.run.load import load_to_use
 
         config, isolator = _settings(pretrained, dualspeed, {"keep_ratio": keep_ratio, "pruner": pruner})
         self.accelerator = Accelerator()
@@ -113,7 +113,7 @@ class _PrunedModel:
         self.device = self.accelerator.device if device is None or self._world_size > 1 else device
         self.batch_size = int(batch_size)
         self._system_prompt = system_prompt and type(self)._resolve_system_prompt(system_prompt)  # type: ignore[attr-defined]
-        model, self.processor = _load(pretrained, dtype, attn_implementation)
+        model, self.processor = load_to_use(pretrained, dtype=dtype, attn_implementation=attn_implementation)
         self.model = model.to(self.device).eval()
         self.pruned = prune_for_inference(self.model, config, isolator)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
@@ -216,19 +216,6 @@ def _settings(pretrained: str, dualspeed: str | None, overrides: dict[str, Any])
             "keep_ratio=0.1 to prune a model without an isolator."
         )
     return DualSpeedConfig(isolator_tokens=0, **given), None
-
-
-def _load(pretrained: str, dtype: str, attn_implementation: str | None) -> tuple[Any, Any]:
-    from trimtab.run.load import load_model, load_processor, load_trained
-
-    # A run names data; none is read here.
-    config = RunConfig(
-        model_name_or_path=pretrained, data_files=["none"], output_dir=pretrained, dtype=dtype,
-        attn_implementation=attn_implementation,
-    )  # fmt: skip
-    if Path(pretrained).is_dir():
-        return load_trained(pretrained, config)
-    return load_model(config), load_processor(pretrained)
 
 
 def _batches(requests: Sequence[Any], size: int) -> list[list[int]]:

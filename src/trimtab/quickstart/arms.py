@@ -43,6 +43,9 @@ PACKED_FULL: dict[str, Any] = {
 }  # fmt: skip
 """Plain training on all visual tokens, packed in the same way."""
 
+INSIDE: dict[str, Any] = {"pruner": "keep_all", "isolator_tokens": 0}
+"""All visual tokens enter the language model, and leave inside it."""
+
 ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
@@ -76,6 +79,15 @@ ARMS: dict[str, Arm] = {
             {"keep_spread": "random", "slow_ratio": 0.05}),
         Arm("dualspeed_content_keep", "I", "DualSpeed, more of images with more in them", {"keep_spread": "content"}),
         Arm("dualspeed_two_way", "I", "DualSpeed, both views learn from each other", {"distillation": "two_way"}),
+        Arm("dualspeed_vtw", "J", "all visual tokens leave half-way through the language model",
+            {**INSIDE, "inside": "vtw"}),
+        Arm("dualspeed_fastv", "J", "nine of ten visual tokens leave behind layer 2, by attention",
+            {**INSIDE, "inside": "fastv", "inside_options": {"keep_ratio": 0.1}}),
+        Arm("dualspeed_pyramid", "J", "visual tokens leave in three stages, by attention",
+            {**INSIDE, "inside": "pyramid_drop"}),
+        Arm("dualspeed_then_vtw", "J", "DualSpeed, and what is left leaves half-way", {"inside": "vtw"}),
+        Arm("dualspeed_keep_20_then_vtw", "J", "DualSpeed keeping 20 %, which leave half-way",
+            {"keep_ratio": 0.2, "inside": "vtw"}),
         Arm("mixed", "-", "90 % pruned, 10 % full steps, neither isolator nor KL",
             {"isolator_tokens": 0, "kl_weight": 0.0}),
     )

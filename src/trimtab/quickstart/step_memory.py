@@ -43,6 +43,6 @@ def step_memory(trainer: Any, rows: int) -> dict[str, Any]:
 
 
 def _modes(handle: Any) -> list[str]:
-    if handle is None or handle.config.keeps_all:
+    if handle is None or handle.config.drops_nothing:
         return ["full"]
     return ["fast", "slow"] if handle.config.slow_ratio else ["fast"]

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from trimtab.dualspeed import attach, with_dualspeed
+from trimtab.dualspeed import attach, prune_for_inference, with_dualspeed
 from trimtab.errors import TrimtabWarning
 from trimtab.evaluate import exact_match
 from trimtab.files import JsonLines, read_json_lines, write_text_atomic
@@ -106,20 +106,18 @@ def judge_arm(task: Task, trainer: Any, folder: Path, progress: Progress) -> dic
     common: dict[str, Any] = {"batch_size": 64, "max_new_tokens": 2, "wrong_examples": 8}
     full = exact_match(model, processor, task.test, progress=lambda d, n: progress("answers", d, n), **common)
     pruned = None
-    if trainer.dualspeed is not None and not trainer.dualspeed.config.keeps_all:
+    if trainer.dualspeed is not None and not trainer.dualspeed.config.drops_nothing:
         config = replace(trainer.dualspeed.config, keep_spread="fixed")
         with without_advice():
             handle = attach(model, config)
         if handle.isolator is not None:
             handle.isolator.load(folder / "model")
-        pruned = exact_match(
-            model,
-            processor,
-            task.test,
-            prepare=handle.prune_inputs,
-            progress=lambda d, n: progress("answers, pruned", d, n),
-            **common,
-        )
+        common["progress"] = lambda d, n: progress("answers, pruned", d, n)
+        if config.inside is None:
+            pruned = exact_match(model, processor, task.test, prepare=handle.prune_inputs, **common)
+        else:  # tokens leave in generate() itself
+            with prune_for_inference(model, handle):
+                pruned = exact_match(model, processor, task.test, **common)
         handle.detach()
     return {"accuracy_full": full, "accuracy_pruned": pruned}
 
@@ -249,14 +247,14 @@ class StepLog(TrainerCallback):  # type: ignore[misc]
         if found["mode"] == "mixed":
             by_mode = {"ce_fast": slow < self.trainer.args.per_device_train_batch_size, "ce_slow": slow > 0}
             parts = {n: round(found[n], 5) if now else None for n, now in by_mode.items()} | {"slow_samples": slow}
-        names = ("visual_tokens_full", "visual_tokens_kept")
+        names = ("visual_tokens_full", "visual_tokens_kept", "visual_tokens_deep")
         return {
-            "mode": "full" if self.trainer.dualspeed.config.keeps_all else found["mode"],
+            "mode": "full" if self.trainer.dualspeed.config.drops_nothing else found["mode"],
             "loss": loss,
             "ce": round(found["ce"], 5),
             "kl": kl,
             **parts,
-            **{n: found[n] for n in names},
+            **{n: found[n] for n in names if n in found},
         }
 
 

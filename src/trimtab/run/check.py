@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
-from trimtab.anatomy import check_model
+from trimtab.anatomy import check_model, open_host
 from trimtab.bench import SpeedModel, advice, advice_on_counts, expected_gain
 from trimtab.data import SupervisedCollator, validate_rows
 from trimtab.dualspeed.config import DualSpeedConfig
+from trimtab.dualspeed.inside import DropsInside
 from trimtab.errors import DataError, setting_error
 from trimtab.records import make_record
 from trimtab.run.check_words import Findings, describe
@@ -61,6 +62,8 @@ def check(
 
     Raises:
         SettingError: A setting does not fit, or there is no such model.
+        UnsupportedModelError: With `inside`, layers that are not understood.
+        NotSupportedError: With `inside`, layers that tokens cannot leave between.
         DataError: A data file cannot be read at all.
     """
     if not 0 <= seconds < math.inf:
@@ -144,6 +147,8 @@ def _look_at_rows(
 
     began = time.perf_counter()
     settings = config.dualspeed or DualSpeedConfig()
+    if settings.inside is not None:
+        settings = _without_inside(settings, model, look)
     collate = SupervisedCollator(
         load_processor(config.model_name_or_path), max_length=config.max_length, empty_labels="count"
     )
@@ -190,6 +195,13 @@ def _look_at_rows(
             return found
     found.advice = advice_on_counts(found.prediction.speedup, **_counts(speed))
     return found
+
+
+def _without_inside(settings: DualSpeedConfig, model: Any, look: _Look) -> DualSpeedConfig:
+    """Make sure that tokens can leave inside the model, and leave that out of what is timed and predicted."""
+    DropsInside(open_host(model), settings).detach()
+    look.summary["not in the estimate"] = f"tokens that leave inside the language model (inside={settings.inside!r})"
+    return replace(settings, inside=None, inside_options={})
 
 
 def _refusal(name: str, number: int, reason: str) -> dict[str, Any]:

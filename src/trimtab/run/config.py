@@ -258,7 +258,7 @@ def _dualspeed(source: str, block: Any) -> DualSpeedConfig | None:
     if not isinstance(block, Mapping):
         raise setting_error(source, "dualspeed", "a block of settings, true or false", block)
     hints = typing.get_type_hints(DualSpeedConfig)
-    plain = {**hints, "pruner_options": dict[str, Any]}
+    plain = {**hints, "pruner_options": dict[str, Any], "inside_options": dict[str, Any]}
     values = {n: convert(f"{source}: dualspeed", n, v, plain[n]) if n in plain else v for n, v in block.items()}
     return DualSpeedConfig.from_dict(values)
 

@@ -114,8 +114,8 @@ def _pruned(model: Any, config: RunConfig, directory: Path, explicit: Sequence[s
     if settings_folder(directory) is None:
         return prune_for_inference(model, replace(given, isolator_tokens=0, isolator_from=None))
     trained, folder = saved_settings(directory)
-    # Options belong to their pruner.
-    fields = {*explicit, "pruner_options"} if "pruner" in explicit else set(explicit)
+    # Options belong to what they are options of.
+    fields = {*explicit, *(f"{name}_options" for name in ("pruner", "inside") if name in explicit)}
     chosen = replace(trained, **{name: getattr(given, name) for name in fields})
     place = chosen.isolator_from or folder
     return prune_for_inference(model, replace(chosen, isolator_from=None), place if chosen.isolator_tokens else None)

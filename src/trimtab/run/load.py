@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from trimtab.anatomy.host_library import torchvision_trouble
-from trimtab.errors import HostLibraryError, SettingError, UnsupportedModelError, near_miss
+from trimtab.errors import HostLibraryError, SettingError, UnsupportedModelError, near_miss, setting_error
 from trimtab.run.config import RunConfig
 from trimtab.run.extras import require
 
@@ -217,6 +217,62 @@ def load_trained(directory: str | Path, config: RunConfig) -> tuple[Any, Any]:
     peft = require("peft", f"{ADAPTER_FILE} in {path}")
     base = peft.PeftConfig.from_pretrained(str(path)).base_model_name_or_path
     return peft.PeftModel.from_pretrained(load_model(bare, base), str(path)).eval(), load_processor(path)
+
+
+def load_to_use(
+    name: str | Path, *, dtype: str = "auto", attn_implementation: str | None = None, device: str | None = None
+) -> tuple[Any, Any]:
+    """Load a model to be asked, without a run file: what a run saved, whole model or adapters, or one of the hub.
+
+    Args:
+        name: Directory or hub name.
+        dtype: As in `RunConfig`.
+        attn_implementation: As in `RunConfig`.
+        device: Where the model goes, as torch names it; None leaves it where it was loaded, on the CPU.
+
+    Returns:
+        Model in evaluation mode, and processor.
+
+    Raises:
+        SettingError: There is no such model, or no such device.
+        UnsupportedModelError: It is no vision-language model of transformers.
+        HostLibraryError: The processor needs torchvision, which is missing or built for another torch.
+    """
+    given = str(name)
+    config = RunConfig(  # which names data; none is read here
+        model_name_or_path=given, data_files=["none"], output_dir=given, dtype=dtype,
+        attn_implementation=attn_implementation,
+    )  # fmt: skip
+    if device is not None:
+        check_device(device)
+    if Path(given).is_dir():
+        model, processor = load_trained(given, config)
+    else:
+        model, processor = load_model(config).eval(), load_processor(given)
+    return (model if device is None else model.to(device)), processor
+
+
+def default_device() -> str:
+    """Return the accelerator of this machine as torch names it, or ``"cpu"``."""
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if found is None else str(found)
+
+
+def check_device(device: str) -> None:
+    """Raise where a device cannot be used.
+
+    Raises:
+        SettingError: torch does not know it, or it is not on this machine.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        allowed = f"a device of torch that is on this machine, such as {default_device()!r}"
+        raise setting_error("load", "device", allowed, device, _first_line(error)) from error
 
 
 @contextmanager

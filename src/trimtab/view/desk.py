@@ -20,8 +20,7 @@ from trimtab.dualspeed.look import ImageLook, PixelLook, Seen
 from trimtab.errors import SettingError, TrimtabError
 from trimtab.evaluate import exact_match
 from trimtab.pruners import PRUNERS, pruner_names
-from trimtab.run.config import RunConfig
-from trimtab.run.load import load_model, load_processor, load_trained
+from trimtab.run.load import load_to_use
 from trimtab.run.progress import no_other_bars, plain_output
 from trimtab.view.uploads import open_kept
 
@@ -104,12 +103,7 @@ def load(name: str) -> Trained:
         UnsupportedModelError: It is no vision-language model of transformers.
     """
     with no_other_bars() if plain_output(sys.stderr) else nullcontext():
-        if not Path(name).is_dir():
-            config = RunConfig(model_name_or_path=name, data_files=["-"], output_dir="-")
-            model, processor = load_model(config).eval(), load_processor(name)
-        else:
-            config = RunConfig(model_name_or_path=name, data_files=["-"], output_dir=name)
-            model, processor = load_trained(name, config)
+        model, processor = load_to_use(name)
     if settings_folder(name) is None:
         return Trained(model, processor, DualSpeedConfig(isolator_tokens=0), None)
     settings, folder = saved_settings(name)
