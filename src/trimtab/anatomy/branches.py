@@ -18,7 +18,7 @@ import torch
 
 from trimtab.anatomy.decoder import Decoder, open_decoder
 from trimtab.anatomy.drop_inside import Chooser, DropPositions, InsideDrop, Stage
-from trimtab.anatomy.drop_plan import Plan
+from trimtab.anatomy.drop_plan import Call, Plan
 from trimtab.errors import DataError, NotSupportedError, UnsupportedModelError
 from trimtab.shapes import Bool, Int, Tensor
 
@@ -29,6 +29,7 @@ class Trace:
 
     Attributes:
         decoder: The model, opened.
+        call: The whole run.
         plan: Which places stay, and the layers' arguments cut to them.
         states: What entered each layer from `Decoder.first_layer` on at the places that stay, [row, kept, width].
         last: States of the whole run behind the final norm, [row, seq, width].
@@ -37,6 +38,7 @@ class Trace:
     """
 
     decoder: Decoder
+    call: Call
     plan: Plan
     states: dict[int, Tensor]
     last: Tensor
@@ -47,19 +49,19 @@ class Trace:
     @property
     def visual(self) -> Bool[Tensor, "row seq"]:
         """Which places of the whole run hold visual tokens."""
-        visual = self.plan.call.visual
+        visual = self.call.visual
         assert visual is not None
         return visual
 
     @property
     def real(self) -> Bool[Tensor, "row seq"]:
         """Which places of the whole run are not padding."""
-        return self.plan.call.real
+        return self.call.real
 
     @property
     def stays(self) -> Bool[Tensor, "row seq"]:
         """Which places of the whole run stay."""
-        stays = torch.zeros(self.plan.call.shape, dtype=torch.long, device=self.real.device)
+        stays = torch.zeros(self.call.shape, dtype=torch.long, device=self.real.device)
         return stays.scatter_add(1, self.plan.source, self.plan.real.long()) > 0
 
     @property
@@ -215,6 +217,7 @@ class _Tracer(InsideDrop):
         self, decoder: Decoder, choose: Chooser, owner: str, positions: DropPositions, visual_mask: Tensor | None
     ) -> None:
         super().__init__(decoder, (Stage(decoder.first_layer, choose),), owner, positions, visual_mask)
+        self.call: Call | None = None
         self.plan: Plan | None = None
         self.states: dict[int, Tensor] = {}
         self.arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -228,11 +231,12 @@ class _Tracer(InsideDrop):
                 self._hooks.append(part.register_forward_hook(self._after_part))
 
     def _before_layer(self, number: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._call is None:
+        if self._now.call is None:
             return
         states = args[0] if args else kwargs["hidden_states"]
         if number == self.decoder.first_layer:
-            self.plan = self._plan(self._call, self.stages[0], states, module, kwargs)
+            self.call = self._now.call
+            self.plan = self._plan(self._now.call, self.stages[0], states, module, kwargs)
         elif states is not self.output:
             raise UnsupportedModelError(
                 f"{self.owner}: {type(self.decoder.text).__name__} changes the states between layers {number - 1} and "
@@ -256,16 +260,16 @@ class _Tracer(InsideDrop):
     def _after_text(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if output is not None:
             self.last = output[0] if isinstance(output, tuple) else output.last_hidden_state
-        self._call = self._visual = None
+        self._now.call = self._now.visual = None
 
     def trace(self, output: Any) -> Trace:
         """Put together what was kept, and hold it against what the model returned."""
-        if self.plan is None or self.last is None:
+        if self.call is None or self.plan is None or self.last is None:
             raise DataError(
                 f"{self.owner}: the batch has no visual tokens, so there is nothing to withdraw. Give batches with "
                 "images and their placeholders."
             )
-        trace = Trace(self.decoder, self.plan, self.states, self.last, self.arguments, self._norm())
+        trace = Trace(self.decoder, self.call, self.plan, self.states, self.last, self.arguments, self._norm())
         with torch.no_grad():
             ours = trace.scores(self.last[:, -1]).float().softmax(-1)
         theirs = output.logits[:, -1].float().softmax(-1).to(ours.device)

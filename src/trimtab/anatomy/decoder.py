@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from trimtab.anatomy.families import Host, check_model, open_host
@@ -50,6 +52,21 @@ class Decoder:
         """Name of the model's class."""
         return type(self.model).__name__
 
+    def place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Put a batch on the device of the model's input embedding.
+
+        Args:
+            batch: Arguments of the model's forward; what is not a tensor stays as it is.
+
+        Returns:
+            The same arguments. Where accelerate keeps the weights elsewhere until they are needed (``device_map`` with
+            offloading) they stay where they are, since it moves the inputs itself.
+        """
+        device = self.model.get_input_embeddings().weight.device
+        if device.type == "meta":
+            return dict(batch)
+        return {name: one.to(device) if isinstance(one, torch.Tensor) else one for name, one in batch.items()}
+
 
 def open_decoder(model: Any) -> Decoder:
     """Open the layers of a model's language model.
@@ -65,7 +82,7 @@ def open_decoder(model: Any) -> Decoder:
         UnsupportedModelError: Its layers are not where they should be, or take arguments of an unknown meaning.
         NotSupportedError: It is compiled, or has sliding windows, states or chunks, which count places.
     """
-    if hasattr(model, "_orig_mod") or any(getattr(part, "_compiled_call_impl", None) for part in _modules(model)):
+    if any("_orig_mod" in vars(part)["_modules"] or part._compiled_call_impl for part in _modules(model)):
         raise NotSupportedError(
             f"{type(getattr(model, '_orig_mod', model)).__name__} is compiled (torch.compile), and layers that see "
             "fewer tokens than those before them are not supported under it. Give the model as it was before."
@@ -78,7 +95,7 @@ def open_decoder(model: Any) -> Decoder:
         where = "get_decoder().layers" if text is None else f"{type(text).__name__}.layers (from get_decoder())"
         raise UnsupportedModelError(
             f"No decoder layers were found in {name}: {where} should be a ModuleList. Give a vision-language or causal "
-            "language model of transformers whose language model has its layers there."
+            "language model of transformers whose language model has its layers there, without a wrapper around it."
         )
     config: Any = getattr(text, "config", None)
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):

@@ -16,6 +16,7 @@ Checked with stock transformers on CPU; formulas of arXiv 2405.05803 (VTW).
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,14 @@ class Expected:
     queries: int | None = None
 
 
+class _Now(threading.local):
+    """The call under way; one per thread, since threads may run one model at the same time."""
+
+    call: Call | None = None
+    visual: Tensor | None = None
+    expected: Expected | None = None
+
+
 def drop_inside(
     model: Any,
     stages: Sequence[Stage],
@@ -171,9 +180,7 @@ class InsideDrop:
         self.visual_mask = visual_mask
         self.queries: Tensor | None = None
         self.active, self.counts = True, list[int]()
-        self._expected: Expected | None = None
-        self._visual: Tensor | None = None
-        self._call: Call | None = None
+        self._now = _Now()
         self._calls: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._attached, self._warned, self._compiled = True, False, False
         self._hooks: list[Any] = []
@@ -184,6 +191,7 @@ class InsideDrop:
             decoder.base.register_forward_pre_hook(self._before_base, with_kwargs=True),
             decoder.text.register_forward_pre_hook(self._before_text, with_kwargs=True),
             decoder.text.register_forward_hook(self._after_text, with_kwargs=True, always_call=True),
+            decoder.base.register_forward_hook(self._after_base, always_call=True),  # last, since both may be the same
         ]
         first = self.stages[0].look_layer
         for number in range(first, decoder.depth):
@@ -191,6 +199,10 @@ class InsideDrop:
             self._hooks.append(decoder.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
 
     def __enter__(self) -> InsideDrop:
+        if not self._attached:
+            raise WrongOrderError(
+                f"This handle of {self.owner} was detached, so nothing would leave. Attach anew for each with-block."
+            )
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -217,23 +229,20 @@ class InsideDrop:
             pad_left: Whether padding stands before the rows.
             queries: With `InsideDrop.queries` the most query rows that any row has, or more.
         """
-        self._expected = Expected(list(lengths), list(visual), pad_left, queries)
+        self._now.expected = Expected(list(lengths), list(visual), pad_left, queries)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> InsideDrop:
-        # A deep copy of the model has hooks of its own; what is under way is not copied.
-        import copy
+    def __getstate__(self) -> dict[str, Any]:
+        # A deep copy of the model and one from a pickle have hooks of their own; what is under way is not copied.
+        passing = {"_now", "_calls"}
+        return {name: value for name, value in vars(self).items() if name not in passing}
 
-        other = object.__new__(InsideDrop)
-        memo[id(self)] = other
-        passing = {"_calls": WeakTensorKeyDictionary(), "_call": None, "_visual": None}
-        for name, value in vars(self).items():
-            setattr(other, name, passing[name] if name in passing else copy.deepcopy(value, memo))
-        return other
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _now=_Now(), _calls=WeakTensorKeyDictionary())
 
     # hooks ------------------------------------------------------------------------------------------------------
 
     def _forget(self) -> None:
-        self._call = self._visual = self._expected = None
+        self._now.call = self._now.visual = self._now.expected = None
 
     def _before_base(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forget_unless_expected()
@@ -242,12 +251,15 @@ class InsideDrop:
         # A compiler that meets an error goes back to plain calls, so it is noted here and raised where it is plain.
         self._compiled = torch.compiler.is_compiling()
         inputs = {**dict(zip(_names(type(module)), args, strict=False)), **kwargs}
-        self._visual = self._find_visual(inputs)
+        self._now.visual = self._find_visual(inputs)
+
+    def _after_base(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        self._forget()  # what failed on the way to the language model must not meet the next one
 
     def _forget_unless_expected(self) -> None:
-        expected = self._expected
+        expected = self._now.expected
         self._forget()
-        self._expected = expected
+        self._now.expected = expected
 
     def _find_visual(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Which places of a call hold visual tokens; None where it has none."""
@@ -284,7 +296,7 @@ class InsideDrop:
         return any(inputs.get(kind.pixels) is not None for kind in kinds)
 
     def _before_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        expected, visual = self._expected, self._visual
+        expected, visual = self._now.expected, self._now.visual
         self._forget()
         if not self.active:
             return None
@@ -296,16 +308,16 @@ class InsideDrop:
         if given is None:
             return None
         call = Call.open(self, inputs, tuple(given.shape[:2]), given.device, visual, expected)
-        self._call = call
+        self._now.call = call
         if call is None or call.positions_given is None:
             return None
         return (), {**inputs, "position_ids": call.positions_given}
 
     def _before_layer(self, number: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = self._call if self._call is not None else self._call_of(kwargs)
+        call = self._now.call if self._now.call is not None else self._call_of(kwargs)
         if call is None:
             return None
-        if self._call is not None and module.training:
+        if self._now.call is not None and module.training:
             for value in _keys(kwargs):
                 self._calls[value] = call  # must not hold its own key, or it would never be let go
         states = args[0] if args else kwargs["hidden_states"]
@@ -384,15 +396,15 @@ class InsideDrop:
         if call.is_known_to_end_visual and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{self.owner}: a prompt ends with an image, without any text behind it. Layers behind the withdrawal "
-                "then know of the image only what earlier text has taken up, which is nothing. Put the question "
-                "behind the image.",
+                f"{self.owner}: a prompt ends with an image, without any text behind it, and its last visual token "
+                "leaves. The next word is then predicted from what stands before it, which in a withdrawal knows "
+                "nothing of the image. Put the question behind the image.",
                 TrimtabWarning,
                 stacklevel=2,
             )
 
     def _after_text(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        call, self._call, self._visual = self._call, None, None
+        call, self._now.call, self._now.visual = self._now.call, None, None
         if call is None or output is None or not call.plans:
             return None
         call.embeddings = None

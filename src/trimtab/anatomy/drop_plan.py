@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 
 from trimtab.anatomy.drop_record import Columns, DropRecord, join, open_cache
+from trimtab.anatomy.packed_attention import LENGTHS
+from trimtab.anatomy.positions import PACKED
 from trimtab.errors import NotSupportedError, setting_error
 from trimtab.ops.repack import close_gaps, repack_index
 from trimtab.shapes import Bool, Int, Tensor
@@ -16,6 +19,9 @@ from trimtab.shapes import Bool, Int, Tensor
 if TYPE_CHECKING:
     from trimtab.anatomy.decoder import Decoder
     from trimtab.anatomy.drop_inside import Expected, InsideDrop, Stage
+
+_PACKED = (*PACKED, LENGTHS)
+"""What tells attention functions where the sequences of a packed row begin."""
 
 
 @dataclass(eq=False)
@@ -38,7 +44,7 @@ class Call:
         expected: What the host knows of the rows, or None.
         positions_given: ``position_ids`` to use instead of those that the model would count, or None.
         plans: One per stage, as far as the call has come.
-        ends_visual: Whether a row ends with a visual token.
+        ends_visual: Whether a row ends with a visual token that left.
     """
 
     decoder: Decoder
@@ -101,7 +107,7 @@ class Call:
 
     @property
     def is_known_to_end_visual(self) -> bool:
-        """Whether a prompt ended with a visual token.
+        """Whether a prompt ended with a visual token that left.
 
         With a cache a call may be a chunk of a prompt that goes on, so that only the first step behind it tells.
         """
@@ -154,7 +160,8 @@ class Plan:
     """What stays of a call behind one stage.
 
     Attributes:
-        call: The call.
+        within: The call, held weakly: it holds its plans, and a circle would keep caches and masks until the garbage
+            collector comes by.
         layer: The stage's layer.
         step: For each place that stays where it stands among those before the stage; None where nothing leaves.
         source: The same in the whole call.
@@ -165,7 +172,7 @@ class Plan:
         position: Renumbered positions, [axis, row, place], or None.
     """
 
-    call: Call
+    within: ref[Call]
     layer: int
     step: Int[Tensor, "row place"] | None
     source: Int[Tensor, "row place"]
@@ -175,6 +182,13 @@ class Plan:
     past: Columns
     position: Tensor | None = None
     _cut: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    @property
+    def call(self) -> Call:
+        """The call."""
+        call = self.within()
+        assert call is not None, "whoever uses a plan holds its call"
+        return call
 
     @property
     def width(self) -> int:
@@ -195,7 +209,7 @@ class Plan:
         else:
             source = torch.arange(call.shape[1], device=call.real.device).expand(call.shape)
             real, padded, left = call.real, False, False
-        plan = cls(call, stage.layer, None, source, real, padded, left, past)
+        plan = cls(ref(call), stage.layer, None, source, real, padded, left, past)
         plan._renumber()
         return plan
 
@@ -212,16 +226,18 @@ class Plan:
         else:
             assert call.visual is not None
             places = torch.arange(call.shape[1], device=stays.device) + 1
-            ends = ((call.visual * places).amax(1) == (call.real * places).amax(1)) & call.visual.any(1)
+            source = places.expand(call.shape) if before is None else before.source + 1
+            last = (call.real * places).amax(1)
+            ends = ((call.visual * places).amax(1) == last) & ((source * stays).amax(1) < last)
             told = torch.stack((stays.sum(1), call.real[:, 0].long(), ends.long())).tolist()
             counts, pad_left = told[0], not all(told[1])
-            call.ends_visual = any(told[2])
+            call.ends_visual = call.ends_visual or any(told[2])
         longest = max(1, *counts)  # layers do not take rows without any place, so padding stands for them
         if min(counts) == width:
             return cls.whole(call, stage, before, past)
         step, real = repack_index(stays, longest, pad_left)
         source = step if before is None else before.source.gather(1, step)
-        plan = cls(call, stage.layer, step, source, real, min(counts) < longest, pad_left, past)
+        plan = cls(ref(call), stage.layer, step, source, real, min(counts) < longest, pad_left, past)
         plan._renumber()
         return plan
 
@@ -267,6 +283,11 @@ class Plan:
         return self._cut[key]
 
     def _cut_one(self, name: str, value: Any, states: Tensor) -> Any:
+        if name in _PACKED and value is not None:
+            raise NotSupportedError(
+                f"{self.call.owner} does not cut the borders of packed rows ({name}). Give rows without packing, or "
+                "their position_ids without attention_mask and borders, which eager and sdpa attention find them by."
+            )
         if name == "attention_mask":
             return self._cut_mask(value, states)
         if name == "position_embeddings" and value is not None:

@@ -27,6 +27,8 @@ from tests.methods.vtw.models import (
 from tests.tiny import BOS, IMAGE, llama_settings
 from torch import nn
 
+from trimtab.anatomy.drop_inside import drop_inside
+from trimtab.anatomy.drop_stages import vtw_stages
 from trimtab.errors import NotSupportedError, SettingError, TrimtabWarning, UnsupportedModelError
 from trimtab.methods.vtw import VTWConfig, withdraw
 
@@ -66,6 +68,11 @@ class TestLayer:
         with pytest.raises(SettingError) as error:
             withdraw(model_of("llava"), 2, settings=VTWConfig(layer=1))
         says(error, "layer", "settings")
+
+    def test_settings_of_another_kind(self) -> None:
+        with pytest.raises(SettingError) as error:
+            withdraw(model_of("llava"), settings={"layer": 1})  # type: ignore[arg-type]
+        says(error, "withdraw.settings", "VTWConfig", "path", "{'layer': 1}")
 
     def test_settings_of_a_deeper_model(self) -> None:
         with pytest.raises(SettingError) as error:
@@ -321,6 +328,17 @@ class TestCachesAndCompilers:
             logits_of(model, batch, past_key_values=cache)
         says(error, "liding")
 
+    @pytest.mark.parametrize("name", ["cu_seq_lens_q", "cu_seq_lens_k", "packed_lengths"])
+    def test_borders_of_packed_rows(self, name: str) -> None:
+        model, batch = model_of("llava"), batch_of("llava", (1,))
+        count = batch["input_ids"].shape[1]
+        borders: Any = (count,) if name == "packed_lengths" else torch.tensor([0, count], dtype=torch.int32)
+        with withdraw(model, 2), pytest.raises(NotSupportedError) as error:
+            logits_of(model, batch, **{name: borders})
+        says(error, "withdraw", name, "without packing", "position_ids")
+        with withdraw(model, DEPTH):
+            logits_of(model, batch, **{name: borders})
+
     @pytest.fixture(autouse=True)
     def _fresh_compiler(self) -> Iterator[None]:
         torch._dynamo.reset()
@@ -344,6 +362,17 @@ class TestCachesAndCompilers:
         model.model.language_model.compile(backend="eager")
         with pytest.raises(NotSupportedError, match="compile"):
             withdraw(model, 2)
+
+    @pytest.mark.parametrize("part", ["language_model", "layers"])
+    def test_a_part_that_was_replaced_by_a_compiled_one(self, part: str) -> None:
+        model = fresh()
+        if part == "layers":
+            model.model.language_model.layers[1] = torch.compile(model.model.language_model.layers[1], backend="eager")
+        else:
+            model.model.language_model = torch.compile(model.model.language_model, backend="eager")
+        with pytest.raises(NotSupportedError) as error:
+            withdraw(model, 2)
+        says(error, "LlavaForConditionalGeneration", "compile")
 
     def test_a_model_compiled_while_attached(self) -> None:
         model, batch = fresh(), batch_of("llava", (1,))
@@ -414,3 +443,18 @@ class TestLastImage:
         model, batch = model_of("llava"), self.ending(4)
         with withdraw(model, 2):
             write(model, batch, prefill_chunk_size=6)
+
+    def test_where_its_last_token_stays_there_is_nothing_to_warn_of(self) -> None:
+        model, batch = model_of("llava"), self.ending()
+        with withdraw(model, 2, sink_tokens=36):
+            logits_of(model, batch, use_cache=False)
+
+    def test_what_leaves_behind_a_later_stage_counts(self) -> None:
+        model, batch = model_of("llava"), self.ending()
+        stages = (*vtw_stages(1, 36), *vtw_stages(3))
+        with pytest.warns(TrimtabWarning, match="its last visual token leaves") as caught:  # noqa: SIM117
+            with drop_inside(model, stages, owner="both"):
+                logits_of(model, batch, use_cache=False)
+        assert len(caught) == 1
+        for word in ("both", "text behind it", "Put the question behind the image"):
+            assert word in str(caught[0].message)

@@ -6,7 +6,9 @@ import copy
 import gc
 import json
 import pickle
+import threading
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,22 @@ from tests.methods.vtw.models import (
     NAMES,
     batch_of,
     close,
+    deeper,
     far,
     fresh,
     logits_of,
     model_of,
     reference_row,
     visual_of,
+    words,
     write,
 )
 from tests.tiny import weights
 from torch import Tensor
 
+from trimtab.anatomy.drop_plan import Call, Plan
 from trimtab.errors import WrongOrderError
-from trimtab.methods.vtw import VTWConfig, withdraw
+from trimtab.methods.vtw import VTWConfig, fastv, pyramid_drop, withdraw
 
 
 @pytest.fixture(params=NAMES)
@@ -162,6 +167,50 @@ def test_two_models_do_not_share_anything() -> None:
         assert first.counts != second.counts
 
 
+def test_a_call_that_failed_before_the_language_model_leaves_nothing_behind() -> None:
+    model, batch = fresh(), batch_of("llava")
+
+    def stop(*given: Any) -> None:
+        raise StopError
+
+    states = model.get_input_embeddings()(words(batch["input_ids"].shape[1], rows=len(batch["input_ids"])))
+    text = model.get_decoder()
+    with torch.no_grad(), withdraw(model, 2) as handle:
+        expected = text(inputs_embeds=states, use_cache=False).last_hidden_state
+        hook = model.model.multi_modal_projector.register_forward_hook(stop)
+        handle.expect([1] * 3, [0] * 3, pad_left=False)
+        with pytest.raises(StopError):
+            model(**batch)
+        hook.remove()
+        assert torch.equal(text(inputs_embeds=states, use_cache=False).last_hidden_state, expected)
+        found = logits_of(model, batch)
+    with withdraw(model, 2):
+        assert torch.equal(found, logits_of(model, batch))
+
+
+def test_two_threads_may_run_one_model() -> None:
+    model, batches = fresh(), [batch_of("llava"), batch_of("llava", (2, 1), seed=3)]
+    started, go, found = threading.Event(), threading.Event(), list[Tensor]()
+
+    def wait_between_layers(*given: Any) -> None:
+        if threading.current_thread() is other:
+            started.set()
+            assert go.wait(60)
+
+    with withdraw(model, 2):
+        expected = [logits_of(model, batch) for batch in batches]
+        other = threading.Thread(target=lambda: found.append(logits_of(model, batches[0])))
+        hook = model.model.language_model.layers[1].register_forward_hook(wait_between_layers)
+        other.start()
+        assert started.wait(60)
+        here = logits_of(model, batches[1])
+        go.set()
+        other.join()
+        hook.remove()
+    assert torch.equal(here, expected[1])
+    assert torch.equal(found[0], expected[0])
+
+
 def test_a_copy_of_an_attached_model_works_on_its_own() -> None:
     model, batch = fresh(), batch_of("llava")
     stock = logits_of(model, batch)
@@ -204,6 +253,49 @@ def test_nothing_holds_the_tensors_of_a_call() -> None:
         del output
         gc.collect()
         assert seen() is None
+
+
+@pytest.mark.parametrize("use", [partial(withdraw, layer=2), fastv, pyramid_drop])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_cache_goes_with_its_last_user(use: Any, training: bool) -> None:
+    """Without waiting for the garbage collector, of which a device short of memory knows nothing."""
+    model, batch = fresh().train(training), batch_of("llava")
+    with use(model):
+        model(**batch)
+        gc.collect()
+        gc.disable()
+        try:
+            output = model(**batch, use_cache=True)
+            seen = [weakref.ref(layer.keys) for layer in output.past_key_values.layers]
+            calls = [weakref.ref(one) for one in gc.get_objects() if type(one) in (Call, Plan)]
+            del output
+            assert [one() for one in seen] == [None] * DEPTH
+            assert all(one() is None for one in calls)
+        finally:
+            gc.enable()
+
+
+def test_a_detached_handle_cannot_be_entered() -> None:
+    model, batch = fresh(), batch_of("llava")
+    handle = withdraw(model, 2)
+    with handle:
+        expected = logits_of(model, batch)
+    with pytest.raises(WrongOrderError, match=r"detached.*Attach anew"), handle:
+        pass
+    with withdraw(model, 2):
+        assert torch.equal(logits_of(model, batch), expected)
+
+
+def test_a_pickled_model_is_as_a_copy_of_it() -> None:
+    model, batch = deeper("llava").build_model(), batch_of("llava")
+    with withdraw(model, 2):
+        told = pickle.dumps(model)  # transformers' own hooks cannot be pickled, once a model was run
+        expected = logits_of(model, batch)
+    twin = pickle.loads(told)
+    assert torch.equal(logits_of(twin, batch), expected)
+    far(logits_of(model, batch), expected)
+    with pytest.raises(WrongOrderError):
+        withdraw(twin, 2)
 
 
 def test_the_handle_tells_what_happened(name: str) -> None:

@@ -118,3 +118,14 @@ def test_what_cannot_be_measured() -> None:
         measure_prefill(model, inputs(), [1], repeats=1)
     with pytest.raises(UnsupportedModelError, match="takes no images"):
         measure_prefill(model_of("llava").model.language_model, inputs(), [1], repeats=1)
+
+
+def test_a_model_whose_weights_are_elsewhere_until_they_are_needed() -> None:
+    from accelerate import cpu_offload
+
+    model, batch = fresh(), batch_of("llava", (1,))
+    expected = measure_prefill(model, batch, [2], repeats=1)
+    cpu_offload(model, execution_device="cpu")
+    found = measure_prefill(model, batch, [2], repeats=1)
+    for name in ("kv_bytes", "kv_saving"):
+        assert found["layers"][0][name] == expected["layers"][0][name]

@@ -265,7 +265,9 @@ def test_no_layer_reaches_the_threshold() -> None:
 
 
 def test_where_there_is_no_layer_to_choose() -> None:
-    with pytest.warns(TrimtabWarning, match=r"No layer from 4 to 3 has .* There is no such layer\. Withdraw no tokens"):
+    with pytest.warns(
+        TrimtabWarning, match=r"no layer to choose: the choice begins at layer 4, and there are 4\. With"
+    ):
         assert search(model_of("llava"), batches_of("llava"), start_layer=DEPTH).layer is None
 
 
@@ -445,3 +447,14 @@ def test_tokens_that_leave_already() -> None:
     with withdraw(model, 2), pytest.raises(WrongOrderError, match="search_withdrawal_layer cannot be attached"):
         search(model, batches_of("llava"))
     assert search(model, batches_of("llava")).samples == 4
+
+
+def test_a_model_whose_weights_are_elsewhere_until_they_are_needed() -> None:
+    """As after ``device_map="auto"`` on a small device: accelerate brings the weights of a part when it is called."""
+    from accelerate import cpu_offload
+
+    model, batches = fresh("llava_next"), batches_of("llava_next")
+    expected = search(model, batches, threshold=HUGE, keep_newlines=True)
+    cpu_offload(model, execution_device="cpu")
+    assert model.get_input_embeddings().weight.device.type == "meta"
+    assert search(model, batches, threshold=HUGE, keep_newlines=True) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
@@ -92,6 +93,8 @@ def withdraw(
         if layer is None:
             raise setting_error(OWNER, "layer", f"a whole number from 0 to {decoder.depth}", None, _WHERE)
     else:
+        if not isinstance(settings, (VTWConfig, str, os.PathLike)):
+            raise setting_error(OWNER, "settings", "a VTWConfig or the path of its file", settings)
         config = settings if isinstance(settings, VTWConfig) else VTWConfig.load(settings)
         defaults = {one.name: one.default for one in fields(VTWConfig)}
         twice = [name for name, value in chosen.items() if value != defaults[name]]

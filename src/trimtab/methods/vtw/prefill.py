@@ -16,7 +16,6 @@ from trimtab.anatomy.drop_stages import vtw_stages
 from trimtab.bench import time_steps
 from trimtab.errors import DataError, UnsupportedModelError, setting_error
 from trimtab.methods.vtw.cost import kv_saving, prefill_saving, read_text_shape, withdrawal
-from trimtab.shapes import Tensor
 
 _OWNER = "measure_prefill"
 FULL = "full"
@@ -73,8 +72,7 @@ def measure_prefill(
         raise setting_error(_OWNER, "layers", f"at least one layer from {decoder.first_layer} to {decoder.depth}", [])
     if decoder.host is None:
         raise UnsupportedModelError(f"{decoder.name} takes no images, so that there is nothing to withdraw.")
-    device = decoder.model.get_input_embeddings().weight.device
-    given = {name: one.to(device) if isinstance(one, Tensor) else one for name, one in batch.items()}
+    given = decoder.place(batch)
     given.pop("labels", None)
     stages = {layer: vtw_stages(layer, sink_tokens, keep_newlines, owner=_OWNER) for layer in chosen}
     with torch.no_grad():

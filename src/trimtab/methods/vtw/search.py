@@ -199,12 +199,7 @@ def search_withdrawal_layer(
     Warns:
         TrimtabWarning: No layer reaches the threshold; or prompts end with an image.
     """
-    check_threshold(threshold, margin, _OWNER)
-    if criterion not in CRITERIA:
-        hint = near_miss(str(criterion), CRITERIA)
-        raise setting_error(_OWNER, "criterion", f"one of {', '.join(CRITERIA)}", criterion, hint)
-    if positions not in ("keep", "reset"):
-        raise setting_error(_OWNER, "positions", "'keep' or 'reset'", positions)
+    check_search(threshold=threshold, margin=margin, criterion=criterion, positions=positions)
     if isinstance(batches, (Mapping, str)) or not isinstance(batches, Iterable):
         came = type(batches).__name__
         raise setting_error(_OWNER, "batches", "an iterable of batches", came, "Put a single batch into a list.")
@@ -265,6 +260,26 @@ def search_withdrawal_layer(
         model=_name_of(decoder),
         task=task,
     )
+
+
+def check_search(*, threshold: float, margin: float, criterion: str, positions: str) -> None:
+    """Raise where settings of a search are out of range, as far as that shows without a model.
+
+    Args:
+        threshold: As in `search_withdrawal_layer`.
+        margin: As there.
+        criterion: As there.
+        positions: As there.
+
+    Raises:
+        SettingError: They are.
+    """
+    check_threshold(threshold, margin, _OWNER)
+    if criterion not in CRITERIA:
+        hint = near_miss(str(criterion), CRITERIA)
+        raise setting_error(_OWNER, "criterion", f"one of {', '.join(CRITERIA)}", criterion, hint)
+    if positions not in ("keep", "reset"):
+        raise setting_error(_OWNER, "positions", "'keep' or 'reset'", positions)
 
 
 @dataclass
@@ -347,8 +362,7 @@ def _measure(
             f"{_OWNER}: batch {number} must be a mapping of the arguments of the model's forward, but a "
             f"{type(batch).__name__} came. Give what the processor or the collator returns."
         )
-    device = decoder.model.get_input_embeddings().weight.device
-    inputs = {name: one.to(device) if isinstance(one, Tensor) else one for name, one in batch.items()}
+    inputs = decoder.place(batch)
     labels, mask = inputs.pop("labels", None), inputs.pop("visual_mask", None)
     if criterion == "answer" and labels is None:
         raise SettingError(
@@ -409,7 +423,7 @@ def _supervised(labels: Tensor | None, real: Bool[Tensor, "row seq"]) -> Bool[Te
     if labels is not None:
         if labels.shape != real.shape:
             raise setting_error(_OWNER, "labels", f"of shape {tuple(real.shape)}, one per place", tuple(labels.shape))
-        found[:, :-1] = (labels[:, 1:] != -100) & real[:, 1:] & real[:, :-1]
+        found[:, :-1] = (labels[:, 1:].to(real.device) != -100) & real[:, 1:] & real[:, :-1]
     return found
 
 
@@ -460,13 +474,12 @@ def _warn_of_none(curve: Sequence[CurvePoint], depth: int, start: int, threshold
     candidates = sorted((one for one in curve if start <= one.layer < depth), key=lambda one: one.mean)
     told = ", ".join(f"{one.mean:.3g} at layer {one.layer}" for one in candidates[:_TOLD])
     bound = f"mean divergence plus {margin:g} standard errors" if margin else "mean divergence"
-    smallest = f"The smallest means are {told}." if told else "There is no such layer."
-    warnings.warn(
-        f"No layer from {start} to {depth - 1} has a {bound} of at most {threshold:g} nats. {smallest} Withdraw no "
-        "tokens, or search with a larger threshold and measure what that does to the answers.",
-        TrimtabWarning,
-        stacklevel=3,
-    )
+    found = f"No layer from {start} to {depth - 1} has a {bound} of at most {threshold:g} nats. The smallest means are"
+    remedy = "or search with a larger threshold and measure what that does to the answers"
+    if not told:
+        found, told = "There is no layer to choose:", f"the choice begins at layer {start}, and there are {depth}"
+        remedy = "or search with a smaller start_layer where there is one"
+    warnings.warn(f"{found} {told}. Withdraw no tokens, {remedy}.", TrimtabWarning, stacklevel=3)
 
 
 def _shape_of(model: Any) -> TextShape | None:
