@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,6 +100,7 @@ def test_search_hands_over_its_options(
     record = document(capsys)
     assert record["kind"] == "vtw_search"
     assert {name: record["settings"][name] for name in settings} == settings
+    assert (record["settings"]["device"], record["settings"]["dtype"]) == ("cpu", "auto")
     results = record["results"]
     assert (results["layer"], results["samples"], results["task"]) == (report.layer, 4, "rows")
     for ours, point in zip(results["curve"], report.curve, strict=True):
@@ -153,6 +155,35 @@ def test_a_search_that_finds_nothing_shows_the_curve_and_writes_nothing(
     assert told["kv_saving"] == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--to", "model", "--overwrite"), "model is a directory. Give a file with --to."),
+        (("--to", "0.png/vtw.json"), "0.png is no directory that may be written. Give another --to."),
+        (("--to", "0.png/new/vtw.json"), "0.png is no directory that may be written. Give another --to."),
+        (("--threshold", "nan"), "must be a finite number above 0, but nan came"),
+        (("--margin", "-1"), "margin must be a finite number, at least 0"),
+        (("--criterion", "answr"), "Did you mean 'answer'?"),
+        (("--positions", "rest"), "positions must be 'keep' or 'reset'"),
+    ],
+)
+def test_search_says_what_is_wrong_before_it_loads_a_model(
+    words: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trimtab.run.load.load_to_use", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert run(*SEARCH, *words) == 2
+    told = capsys.readouterr()
+    assert message in told.err
+    assert told.out == ""
+
+
+def test_search_writes_into_directories_that_are_not_there_yet(tmp_path: Path) -> None:
+    assert (
+        run(*SEARCH, "--threshold", "100", "--samples", "1", "--to", str(tmp_path / "new" / "deep" / "vtw.json")) == 0
+    )
+    assert (tmp_path / "new" / "deep" / "vtw.json").is_file()
+
+
 def test_generate_answers_as_the_library_does(capsys: pytest.CaptureFixture[str]) -> None:
     model, processor = load_to_use("model")
     batch = prompt_batch(processor, [question_row(["0.png"], PROMPT)])
@@ -178,6 +209,7 @@ def test_generate_takes_several_images(capsys: pytest.CaptureFixture[str]) -> No
     assert run(*GENERATE, "--image", "2.png", "--layer", "1", "--compare", "--json") == 0
     told = document(capsys)
     assert told["settings"]["images"] == ["0.png", "2.png"]
+    assert (told["settings"]["device"], told["settings"]["dtype"]) == ("cpu", "auto")
     assert told["results"]["prefill"]["left"] == 2 * VISUAL
 
 
@@ -186,6 +218,7 @@ def test_bench_prints_a_table_and_a_record(capsys: pytest.CaptureFixture[str]) -
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("2 x ")
     assert [" ".join(line.split()[:3]) for line in lines[2:5]] == ["in all layers", "to layer 1", "to layer 3"]
+    assert re.fullmatch(r"\S+ to \S+", re.split(r"\s{2,}", lines[3].strip())[3])
     assert "in the vision tower" in lines[5]
     assert run(*BENCH, "rows.jsonl", "--batch-size", "2", "--json") == 0
     record = document(capsys)

@@ -189,6 +189,7 @@ AFTER_A_RUN = {
 """Pages that begin where a run has ended in `out`, and why."""
 
 LAYERS = {
+    "docs/methods/dualspeed.md": (32, "names a layer of a model that has 32"),
     "docs/methods/vtw.md": (32, "names layers of a model that has 32"),
 }
 """Pages whose stand-in for a model of a hub needs more than one layer, how many, and why."""

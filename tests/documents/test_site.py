@@ -16,6 +16,7 @@ from tests.cli.commands import commands
 from tests.documents.site import ROOT, STRICT, Page, broken_targets, built_site, is_outside, read_pages
 
 import trimtab
+import trimtab.methods
 from trimtab.cards import all_cards
 from trimtab.pruners import PRUNERS
 from trimtab.run.config import RunConfig
@@ -115,6 +116,13 @@ def test_links_to_files_show_their_text(site: Path, pages: dict[str, Page]) -> N
 @pytest.mark.parametrize("name", sorted(trimtab._PUBLIC))
 def test_every_public_name_has_a_place(pages: dict[str, Page], name: str) -> None:
     assert f"trimtab.{name}" in ids(pages), f"write {name} into a mark of docs/reference/*.md"
+
+
+@pytest.mark.parametrize("room", [one.name for one in pkgutil.iter_modules(trimtab.methods.__path__)])
+def test_every_public_name_of_a_method_has_a_place(pages: dict[str, Page], room: str) -> None:
+    package = f"trimtab.methods.{room}"
+    names = {f"{package}.{name}" for name in importlib.import_module(package).__all__}
+    assert names <= pages[REFERENCE.format(room)].ids, f"write them into a mark of docs/reference/{room}.md"
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(trimtab.DualSpeedConfig)])

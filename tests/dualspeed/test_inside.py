@@ -13,6 +13,7 @@ from tests.conformance.families import SUITE
 from tests.dualspeed.common import ROWS, SUM_ORDER, attached, portrait, same_model
 from tests.dualspeed.host_syncs import HostSyncs
 from tests.dualspeed.inside_tools import AFTER, ALONE, DEPTH, WAYS, batch_of, deep_llava, queries_by_hand, settings
+from tests.methods.vtw.models import deeper
 from tests.tiny import FAMILIES, IMAGE, Batch, gradients, tiny_llava, weights
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -21,6 +22,7 @@ import trimtab
 from trimtab import DualSpeedConfig
 from trimtab.anatomy import note_rows, placeholder_rule
 from trimtab.anatomy.drop_inside import Rows, Stage, drop_inside
+from trimtab.anatomy.drop_stages import vtw_stages
 from trimtab.dualspeed import Samples, mode_of_sample
 from trimtab.dualspeed.inside import InsideRows, query_places
 
@@ -127,6 +129,20 @@ def test_a_fast_step_that_drops_inside_only_is_the_stock_loss_with_the_stages(
     assert kept is not None
     counts = {"visual_tokens_full": 108, "visual_tokens_kept": 108, "visual_tokens_deep": kept(36) + kept(72)}
     assert {name: metrics[name] for name in counts} == counts
+
+
+def test_newline_rows_stay_where_they_are_asked_for() -> None:
+    family = deeper("llava_next", DEPTH)
+    model = family.build_model().train()
+    batch = family.make_batch(model, (1, 2))
+    stages = vtw_stages(2, keep_newlines=True)
+    with drop_inside(model, stages, owner="test"):
+        expected = model(**batch).loss
+    loss, metrics, _ = fast_loss(model, batch, **settings("vtw", inside_options={"layer": 2, "keep_newlines": True}))
+    torch.testing.assert_close(loss, expected.detach(), **SUM_ORDER)
+    assert "visual_tokens_deep" not in metrics
+    bare, _, _ = fast_loss(model, batch, **settings("vtw", inside_options={"layer": 2}))
+    assert (bare - loss).abs() > 1e-3
 
 
 def layer_by_hand(layer: Any, states: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:

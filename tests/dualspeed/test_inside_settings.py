@@ -66,6 +66,8 @@ def test_a_bad_setting_is_told(given: dict[str, Any], words: list[str]) -> None:
          ["inside_options['layer'] must be from 1 to 3", "4 layers", "4 came"]),
         (settings("pyramid_drop", inside_options={"layers": [2, 9], "keep_ratios": [0.5, 0.2]}),
          ["inside_options['layers'] must be from 1 to 3", "[2, 9] came", "Name the layers"]),
+        (settings("vtw", inside_options={"layer": 2, "keep_newlines": True}),
+         ["inside_options['keep_newlines'] must be False for Llava", "image_newline", "True came", "text and stay"]),
         (settings("vtw", {"pruner": "keep_all"}), ["isolator_tokens must be 0 with pruner='keep_all'", "4 came"]),
     ],
 )  # fmt: skip

@@ -61,7 +61,8 @@ class DropsInside:
         config: For `inside` and `inside_options`.
 
     Raises:
-        SettingError: A layer that the model does not have, or at which tokens cannot leave yet.
+        SettingError: A layer that the model does not have, or at which tokens cannot leave yet; newline rows that it
+            does not have.
         UnsupportedModelError: The layers of the model cannot be found, or are not understood.
         NotSupportedError: They have windows or states, or are compiled.
         WrongOrderError: Tokens leave inside this model already.
@@ -71,6 +72,12 @@ class DropsInside:
         assert config.inside is not None
         decoder = open_decoder(host.model)
         self.stages = _stages(config, decoder.depth, decoder.first_layer, decoder.name)
+        if config.inside_options.get("keep_newlines") and getattr(decoder.base, "image_newline", None) is None:
+            raise setting_error(
+                "DualSpeedConfig", "inside_options['keep_newlines']",
+                f"False for {decoder.name}, which has no newline rows of its own (image_newline)", True,
+                "Where a family's processor writes line ends into the text, they are text and stay.",
+            )  # fmt: skip
         self.scores = config.inside != "vtw"
         """Whether tokens are ranked by attention."""
         self.owner = f"DualSpeedConfig(inside={config.inside!r})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -46,7 +47,7 @@ def search(
     batch_size: int = typer.Option(1, min=1, help="Rows that run together."),
     stacked: bool = typer.Option(False, "--stacked", help="Run the layers to compare side by side; for GPUs."),
     task: str = typer.Option(None, help="Name of the task, kept with the settings; the data's name by default."),
-    to: Path = typer.Option(None, help="File for the settings that were found."),
+    to: Path = typer.Option(None, help="File for the layer that was found; status 2 where there is none."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace that file."),
     device: str = DEVICE,
     dtype: str = DTYPE,
@@ -63,21 +64,39 @@ def search(
         "task": Path(data).stem if task is None else task,
     }  # fmt: skip
     with show.only_json(as_json), show.progress_bar("batches") as progress:
-        if to is not None and to.exists() and not overwrite:
-            raise OutputError(f"{to} is there already. Give another file with --to, or replace it with --overwrite.")
+        vtw = room("vtw")
+        told_early = ("threshold", "margin", "criterion", "positions")
+        vtw.search.check_search(**{name: settings[name] for name in told_early})
+        if to is not None:
+            _check_place(to, overwrite)
         rows = rows_with_images(data, samples, image_folder)
-        loaded, processor = load_to_use(model, dtype=dtype, device=device or default_device())
+        place = device or default_device()
+        loaded, processor = load_to_use(model, dtype=dtype, device=place)
         batches = supervised_batches(processor, rows, batch_size)
-        report = room("vtw").search_withdrawal_layer(loaded, batches, **settings, progress=progress)
+        report = vtw.search_withdrawal_layer(loaded, batches, **settings, progress=progress)
         if to is not None and report.layer is not None:
             report.save(to, overwrite=overwrite)
     if as_json:
-        given = {"model": model, "data": data, "samples": samples, "batch_size": batch_size, **settings}
+        given = {
+            "model": model, "data": data, "samples": samples, "batch_size": batch_size, "device": place,
+            "dtype": dtype, **settings,
+        }  # fmt: skip
         show.print_json(make_record("vtw_search", given, report.to_dict(), started=began, seconds=_since(began)))
     else:
         _print_search(report, to)
     if to is not None and report.layer is None:
         raise typer.Exit(2)
+
+
+def _check_place(to: Path, overwrite: bool) -> None:
+    """Raise where a file cannot be written, before long work whose outcome would be lost."""
+    if to.is_dir():
+        raise OutputError(f"{to} is a directory. Give a file with --to.")
+    if to.exists() and not overwrite:
+        raise OutputError(f"{to} is there already. Give another file with --to, or replace it with --overwrite.")
+    there = next(one for one in to.absolute().parents if one.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise OutputError(f"{to} cannot be written: {there} is no directory that may be written. Give another --to.")
 
 
 def _print_search(report: Any, to: Path | None) -> None:
@@ -124,7 +143,8 @@ def generate(
         vtw = room("vtw")
         config = vtw.VTWConfig(layer=layer) if settings is None else vtw.VTWConfig.load(settings)
         row = question_row(image, prompt)
-        loaded, processor = load_to_use(model, dtype=dtype, device=device or default_device())
+        place = device or default_device()
+        loaded, processor = load_to_use(model, dtype=dtype, device=place)
         with vtw.withdraw(loaded, settings=config):
             results: dict[str, Any] = {"answer": answer(loaded, processor, row, max_new_tokens)}
         if compare:
@@ -137,7 +157,7 @@ def generate(
     if as_json:
         given = {
             "model": model, "images": image, "prompt": prompt, "max_new_tokens": max_new_tokens,
-            "withdrawal": config.to_dict(),
+            "withdrawal": config.to_dict(), "device": place, "dtype": dtype,
         }  # fmt: skip
         show.print_json(make_record("vtw_generate", given, results, started=began, seconds=_since(began)))
     elif compare:
@@ -202,15 +222,16 @@ def bench(
 
 
 def _print_bench(told: dict[str, Any]) -> None:
-    columns = ("visual tokens", "prefill ms", "times faster", "25 %", "75 %", "by formula", "cache MiB", "cache saved")
+    columns = ("visual tokens", "prefill ms", "times faster", "middle half", "by formula", "cache MiB", "cache saved")
     full = told["full"]
     rows: list[tuple[object, ...]] = [
-        ("in all layers", 1000 * full["seconds"], 1.0, None, None, None, full["kv_bytes"] / 2**20, None)
+        ("in all layers", 1000 * full["seconds"], 1.0, None, None, full["kv_bytes"] / 2**20, None)
     ]
     rows += [
         (
-            f"to layer {one['layer']}", 1000 * one["seconds"], one["times"], one["times_low"], one["times_high"],
-            one["times_formula"], one["kv_bytes"] / 2**20, _percent(one["kv_saving"]),
+            f"to layer {one['layer']}", 1000 * one["seconds"], one["times"],
+            f"{one['times_low']:.3g} to {one['times_high']:.3g}", one["times_formula"], one["kv_bytes"] / 2**20,
+            _percent(one["kv_saving"]),
         )
         for one in told["layers"]
     ]  # fmt: skip
