@@ -270,8 +270,39 @@ def vtw_time() -> list[str]:
     return rows(head, lines)
 
 
+INSIDE = {
+    "dualspeed": "DualSpeed: DivPrune keeps 10 % before the language model",
+    "dualspeed_keep_20": "the same, keeping 20 %",
+    "dualspeed_then_vtw": "10 %, and VTW at half of the layers",
+    "dualspeed_vtw": "VTW at half of the layers only",
+    "dualspeed_fastv": "FastV at layer 2 only, half kept",
+    "dualspeed_pyramid": "PyramidDrop only",
+}
+
+
+def vtw_inside() -> list[str]:
+    """What DualSpeed's fast mode gains where tokens leave inside the language model, at the least depth."""
+    from trimtab.records import read_record
+
+    lines = []
+    for arm, words in INSIDE.items():
+        paths = sorted((HERE / "records" / "training" / f"layers-{DEPTHS[0]}").glob(f"*/seed-*/{arm}.json"))
+        found = [read_record(path)["results"] for path in paths]
+        steps = [[statistics.median(e["seconds"] for e in one["log"] if e["mode"] == mode) for mode in ("fast", "slow")]
+                 for one in found]  # fmt: skip
+        full, pruned = (
+            [100 * one[f"accuracy_{kind}"]["accuracy"] for one in found if one[f"accuracy_{kind}"] is not None]
+            for kind in ("full", "pruned")
+        )
+        lines.append([
+            words, str(len(found)), mean([fast / slow for fast, slow in steps], 2), mean(full), mean(pruned),
+        ])  # fmt: skip
+    head = ["fast mode", "seeds", "fast step / slow step", "accuracy, all tokens, %", "accuracy, fast view, %"]
+    return rows(head, lines)
+
+
 MAKERS: tuple[Callable[[], list[str]], ...] = (
-    vtw_curve, vtw_chosen, vtw_again, vtw_compared, vtw_random_layer, vtw_search_cost, vtw_time,
+    vtw_curve, vtw_chosen, vtw_again, vtw_compared, vtw_random_layer, vtw_search_cost, vtw_time, vtw_inside,
 )  # fmt: skip
 """What makes the tables; the name of the function is that of the mark."""
 

@@ -24,6 +24,7 @@ from bench.vtw import count_search  # the line above is for these
 from experiments.vtw import measure, ways
 
 from trimtab.errors import SettingError, TrimtabError
+from trimtab.records import make_record, write_record
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -128,7 +129,8 @@ def _search(
     began = time.perf_counter()
     results = measure.search(model, processor, task.train, options.samples, options.again)
     results["cost"] = count_search(model, [measure.prompts_alone(processor, task.train, options.samples)])
-    _write(options, "vtw_search", path, layers, seed, results, began, {"samples": options.samples})
+    about = _about(options, layers, samples=options.samples)
+    _write(path, make_record("vtw_search", about, results, seed=seed, seconds=time.perf_counter() - began))
 
 
 def _accuracy(
@@ -168,26 +170,16 @@ def _accuracy(
         "majority": task.majority, "language_only": task.language_only,
     }  # fmt: skip
     path = record_path(options, layers, seed, "accuracy")
-    _write(
-        options,
-        "vtw_accuracy",
-        path,
-        layers,
-        seed,
-        {**told, "ways": results},
-        began,
-        {"images": count, "curve_images": curve_count},
-    )
+    about = _about(options, layers, images=count, curve_images=curve_count)
+    kept = {**told, "ways": results}
+    _write(path, make_record("vtw_accuracy", about, kept, seed=seed, seconds=time.perf_counter() - began))
 
 
-def _write(
-    options: argparse.Namespace, kind: str, path: Path, layers: int, seed: int, results: dict[str, Any], began: float,
-    settings: dict[str, Any],
-) -> None:  # fmt: skip
-    from trimtab.records import make_record, write_record
+def _about(options: argparse.Namespace, layers: int, **settings: int) -> dict[str, Any]:
+    return {"task": options.task, "arm": options.arm, "layers": layers, "threads": options.threads, **settings}
 
-    about = {"task": options.task, "arm": options.arm, "layers": layers, "threads": options.threads, **settings}
-    record = make_record(kind, about, results, seed=seed, seconds=time.perf_counter() - began)
+
+def _write(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_record(path, record)
 

@@ -38,8 +38,11 @@ def time_all(options: argparse.Namespace) -> None:
             results = _time(kind, options, *opened)
             settings = {"task": options.task, "arm": options.arm, "layers": layers, "threads": options.threads,
                         "repeats": options.repeats}  # fmt: skip
-            kept = "vtw_search_time" if kind == "search" else "vtw_time"
-            record = make_record(kept, settings, results, seed=seed, seconds=time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            if kind == "search":
+                record = make_record("vtw_search_time", settings, results, seed=seed, seconds=seconds)
+            else:
+                record = make_record("vtw_time", settings, results, seed=seed, seconds=seconds)
             write_record(path, record)
     for cell in cells("wide"):
         path = folder / f"{cell.name}.json"
