@@ -408,6 +408,11 @@ def test_an_empty_set() -> None:
         search(model_of("llava"), [])
 
 
+def test_sinks_that_leave_nothing_to_withdraw_are_refused() -> None:
+    with pytest.raises(SettingError, match=r"sink_tokens must be less than the visual tokens of a prompt, but 10000"):
+        search(model_of("llava"), batches_of("llava"), sink_tokens=10_000)
+
+
 def test_samples_without_an_image_are_counted() -> None:
     model = model_of("llava")
     with pytest.raises(DataError) as caught:

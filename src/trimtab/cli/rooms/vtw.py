@@ -214,7 +214,7 @@ def bench(
     if as_json:
         given = {
             "model": model, "data": data, "images": image or [], "prompt": prompt if image else None,
-            "batch_size": batch_size, "repeats": repeats, "positions": positions, "device": place, "dtype": dtype,
+            "batch_size": len(rows), "repeats": repeats, "positions": positions, "device": place, "dtype": dtype,
         }  # fmt: skip
         show.print_json(make_record("vtw_prefill", given, results, started=began, seconds=_since(began)))
     else:

@@ -224,6 +224,11 @@ def search_withdrawal_layer(
             f"{_OWNER}: batches held 0 samples, at least 1 is needed. Give some prompts of the task with their images; "
             "the paper takes 20."
         )
+    if tally.kept == tally.places:
+        raise setting_error(
+            _OWNER, "sink_tokens", "less than the visual tokens of a prompt", sink_tokens,
+            "With it none leaves, so that every layer is as good as the whole model.",
+        )  # fmt: skip
     if margin and tally.samples == 1:
         raise setting_error(_OWNER, "margin", "0 with 1 sample, of which no standard error is known", margin)
     if tally.endings:
