@@ -182,6 +182,7 @@ class Plan:
     past: Columns
     position: Tensor | None = None
     _cut: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    _columns: Columns | None = None
 
     @property
     def call(self) -> Call:
@@ -253,9 +254,12 @@ class Plan:
 
     def columns(self) -> Columns:
         """Entries of the cache behind the stage when the call is over."""
+        if self._columns is not None:
+            return self._columns
         position = None if self.position is None else self.position.amax(0)
         place = (self.source + self.call.past).masked_fill(~self.real, 0)
-        return join(self.past, Columns(place, self.real, position, self.padded))
+        self._columns = join(self.past, Columns(place, self.real, position, self.padded))
+        return self._columns
 
     # arguments of the layers ------------------------------------------------------------------------------------
 
@@ -321,9 +325,9 @@ class Plan:
         return value.gather(axis, spread)
 
     def _cut_mask(self, mask: Any, states: Tensor) -> Any:
-        columns = self.columns()
-        if mask is None and not columns.padded:
+        if mask is None and not (self.padded or self.past.padded):
             return None
+        columns = self.columns()
         whole = self.call.past + self.call.shape[1]
         if mask is None or (self.layer == 0 and self.call.past):
             return self._new_mask(columns, states)
