@@ -15,8 +15,10 @@ from transformers import Trainer
 
 import trimtab
 from trimtab import DualSpeedConfig
+from trimtab.anatomy import open_host
 from trimtab.anatomy.drop_inside import drop_inside
 from trimtab.anatomy.drop_stages import vtw_stages
+from trimtab.dualspeed.inside import DropsInside
 from trimtab.dualspeed.inside_options import INSIDE
 from trimtab.errors import NotSupportedError, SettingError, TrimtabWarning, WrongOrderError
 from trimtab.run.config import build_config, load_config
@@ -189,3 +191,8 @@ def test_side_files_of_other_settings_are_told(llava: Any, tmp_path: Path) -> No
     assert "inside_options={'layer': 2}" in str(told[0].message)
     with attached(llava, **settings("vtw")) as handle:
         handle.load_pretrained(tmp_path)
+
+
+def test_nothing_to_drop_inside_is_refused(llava: Any) -> None:
+    with pytest.raises(SettingError, match=r"DualSpeedConfig\.inside must be one of fastv.* here, but None came"):
+        DropsInside(open_host(llava), DualSpeedConfig())

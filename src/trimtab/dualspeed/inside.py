@@ -23,6 +23,7 @@ from trimtab.anatomy.drop_inside import InsideDrop, Stage
 from trimtab.dualspeed.config import DualSpeedConfig
 from trimtab.dualspeed.fast_view import KeptTokens
 from trimtab.dualspeed.inside_options import DEFAULT_RATIOS
+from trimtab.dualspeed.inside_options import INSIDE as WAYS
 from trimtab.errors import NotSupportedError, setting_error
 from trimtab.ops.host import to_device
 from trimtab.ops.label_head import IGNORED
@@ -69,7 +70,8 @@ class DropsInside:
     """
 
     def __init__(self, host: Host, config: DualSpeedConfig) -> None:
-        assert config.inside is not None
+        if config.inside is None:
+            raise setting_error("DualSpeedConfig", "inside", f"one of {', '.join(WAYS)} here", None)
         decoder = open_decoder(host.model)
         self.stages = _stages(config, decoder.depth, decoder.first_layer, decoder.name)
         if config.inside_options.get("keep_newlines") and getattr(decoder.base, "image_newline", None) is None:

@@ -12,7 +12,6 @@ from tests.conformance.families import SUITE
 from tests.conformance.family_tools import caught_embeddings
 from tests.methods.vtw.models import (
     DEPTH,
-    NAMES,
     ROWS,
     batch_of,
     close,
@@ -39,11 +38,6 @@ from trimtab.errors import TrimtabWarning, WrongOrderError
 from trimtab.methods.vtw import withdraw
 
 STEPS = 8
-
-
-@pytest.fixture(params=NAMES)
-def name(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def prefilled(model: Any, batch: Batch) -> Any:

@@ -17,7 +17,6 @@ import torch
 from tests.dualspeed.common import portrait, same_model
 from tests.methods.vtw.models import (
     DEPTH,
-    NAMES,
     batch_of,
     close,
     deeper,
@@ -36,11 +35,6 @@ from torch import Tensor
 from trimtab.anatomy.drop_plan import Call, Plan
 from trimtab.errors import WrongOrderError
 from trimtab.methods.vtw import VTWConfig, fastv, pyramid_drop, withdraw
-
-
-@pytest.fixture(params=NAMES)
-def name(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 class StopError(RuntimeError):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from tests.methods.vtw.models import (
     DEPTH,
-    NAMES,
     ROWS,
     batch_of,
     close,
@@ -26,11 +25,6 @@ from tests.tiny import Batch
 from torch import Tensor
 
 from trimtab.methods.vtw import withdraw
-
-
-@pytest.fixture(params=NAMES)
-def name(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def first(batch: Batch, count: int) -> Tensor:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from tests.methods.vtw.models import (
     DEPTH,
-    NAMES,
     QUIET,
     ROWS,
     Prompt,
@@ -49,11 +48,6 @@ PEERS: dict[str, tuple[Peer, Places]] = {
     "pyramid": (pyramid_drop, [(1, 1, 0.5), (2, 2, 0.25), (3, 3, 0.125)]),
     "pyramid_2": (functools.partial(pyramid_drop, layers=[2], keep_ratios=[0.2]), [(2, 2, 0.2)]),
 }
-
-
-@pytest.fixture(params=NAMES)
-def name(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @functools.cache

@@ -9,7 +9,6 @@ import torch
 from tests.conformance.family_tools import caught_embeddings
 from tests.methods.vtw.models import (
     DEPTH,
-    NAMES,
     ROWS,
     TIGHT,
     Prompt,
@@ -37,11 +36,6 @@ from trimtab.errors import SettingError, TrimtabWarning
 from trimtab.methods.vtw import stack_layers, withdraw
 
 MORE = ("idefics3", "mistral3", "qwen2_vl", "llava_onevision", "vipllava", "video_llava", "got_ocr2", "lighton_ocr")
-
-
-@pytest.fixture(params=NAMES)
-def name(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def test_the_reference_of_these_tests_is_the_stock_model_where_nothing_leaves(name: str) -> None:

@@ -37,11 +37,6 @@ TRAINED = ("llava", "qwen2_5_vl")
 TOWERS = ("model.vision", "model.visual")
 
 
-@pytest.fixture(params=NAMES)
-def name(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 def training_batch(name: str, seed: int = 0, side: str = "right", everywhere: bool = False) -> Batch:
     """Return a batch with labels of the answers, or of all text."""
     batch = deeper(name).make_batch(model_of(name), ROWS, padding_side=side, seed=seed)
